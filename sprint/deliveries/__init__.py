@@ -1,0 +1,1 @@
+"""How records reach subscribers: each module reads the ring and keeps its own accounts by tier."""

@@ -1,0 +1,1 @@
+"""What drives sources, relay and deliveries."""
