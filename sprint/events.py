@@ -86,17 +86,33 @@ class HeaderRun:
     seen_ns: int
     complete: bool
     """The peer has no more to give: fewer than 2,000 headers came."""
-    peer_height: int
-    """The height that the peer claimed in its version message."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReady:
+    """A peer has finished its handshake and can be asked for headers."""
+
+    source: Source
+    peer: str
+    height: int
+    """What it claimed in its version message."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """A peer that was ready no longer is."""
+
+    source: Source
+    peer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """The relay needs the header of `hash`, or the ancestors of it: ask `peer`, or anybody if it can't be asked."""
+    """Ask this peer for the headers that follow the first hash in `locator` which it has on its best chain."""
 
-    hash: bytes
     source: Source
     peer: str
+    locator: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,9 +65,7 @@ PROFILES: dict[Tier, TierProfile] = {
     for profile in (
         TierProfile(Tier.FREE, 500 * NS_PER_MS, None, 2 * NS_PER_S, 512, SlowReader.DROP, "Basic TCP relay"),
         TierProfile(Tier.PRO, 100 * NS_PER_MS, None, 1_500 * NS_PER_MS, 1_280, SlowReader.DROP, "Enhanced relay"),
-        TierProfile(
-            Tier.BUSINESS, 50 * NS_PER_MS, None, 1 * NS_PER_S, 1_536, SlowReader.DROP, "Priority processing"
-        ),
+        TierProfile(Tier.BUSINESS, 50 * NS_PER_MS, None, 1 * NS_PER_S, 1_536, SlowReader.DROP, "Priority processing"),
         TierProfile(
             Tier.TURBO,
             10 * NS_PER_MS,

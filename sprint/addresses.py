@@ -1,0 +1,49 @@
+"""Host and port as operators write them: `host`, `host:port`, `[::1]:port`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Address(NamedTuple):
+    """A host, by name or number, and a TCP or UDP port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+MAX_HOST_LENGTH = 253
+"""RFC 1035: a domain name's length in text."""
+
+
+def parse_address(text: str, default_port: int | None = None, *, lowest_port: int = 1) -> Address:
+    """The address in `text`; a bare IPv6 address needs brackets to carry a port.
+
+    Raises ValueError, which says what is wrong with it, for anything else.
+    """
+    text = text.strip()
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")):
+            raise ValueError("expected [address]:port")
+        port_text = rest[1:]
+        if rest and not port_text:
+            raise ValueError("a port is missing behind the colon")
+    elif text.count(":") > 1:
+        host, port_text = text, ""
+    else:
+        host, colon, port_text = text.partition(":")
+        if colon and not port_text:
+            raise ValueError("a port is missing behind the colon")
+    if not host or len(host) > MAX_HOST_LENGTH or any(letter.isspace() or letter in "/@,[]" for letter in host):
+        raise ValueError("expected host:port")
+    if not port_text:
+        if default_port is None:
+            raise ValueError("a port is missing: expected host:port")
+        return Address(host, default_port)
+    if not (port_text.isascii() and port_text.isdigit()) or not lowest_port <= int(port_text[:6]) <= 65_535:
+        raise ValueError(f"port {port_text[:12]}: expected {lowest_port} to 65535")
+    return Address(host, int(port_text))

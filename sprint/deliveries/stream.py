@@ -1,0 +1,457 @@
+"""The TCP stream: every record to every subscriber, the highest tier first, each within its write deadline.
+
+publish() sends straight from the loop's thread: one frame made once a record and format, one send() a subscriber, no
+task and no queue between. Whoever is not caught up (replaying, or with a socket that refused bytes) is served from the
+ring by its own cursor, in slices between which the loop looks for new blocks. Bounds: a session is a cursor and one
+begun frame; the kernel holds at most SEND_BUFFER (doubled by it) for each; all else is per delivery, not per session.
+
+Not thread-safe: start(), publish() and close() belong on the loop's thread.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Final
+
+from sprint.deliveries.hello import NOT_ACCEPTED, Hello, Refusal, welcome_line
+from sprint.deliveries.ledger import TierLedger
+from sprint.deliveries.reception import Reception, listen
+from sprint.deliveries.session import Feed, Session, Written, latency_origin_ns
+from sprint.frames import Format, Heartbeat, heartbeat_frame, record_frame
+from sprint.status import Histogram
+from sprint.tiers import NS_PER_MS, NS_PER_S, NS_PER_US, PROFILES, Tier
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping
+
+    from sprint.ring import Ring
+    from sprint.status import Delivery
+
+SEND_BUFFER: Final = 32 * 1024
+"""SO_SNDBUF of each connection: room for some fifty records, which is more than a day's blocks in an hour; and a bound
+on what a subscriber that never reads costs the kernel."""
+STALL_TIMEOUT_NS: Final = 300 * NS_PER_S
+"""A session that has taken no byte for so long is closed."""
+HELLO_TIMEOUT_NS: Final = 5 * NS_PER_S
+MAX_EXTRA: Final = 1024
+"""Bytes that a subscriber may send after its hello (a line feed too many, a human at nc) before it is closed."""
+
+_SLICE: Final = 16
+"""Frames in one write to a subscriber that is catching up."""
+_TURN_NS: Final = 200 * NS_PER_US
+"""How long one turn of catching up lasts, so that a publication waits no longer than that for it."""
+_BEATS_A_TURN: Final = 32
+"""Heartbeats in one turn, about 300 µs."""
+_DEADLINES_A_TURN: Final = 64
+_BATCH: Final = 16
+"""Records sent in one go when several wait: all of them to one tier before the next tier's turn."""
+_PROBE_NS: Final = 100 * NS_PER_MS
+"""After a client has half-closed: by then, the answer to a heartbeat has told whether it is gone altogether."""
+_TOP_FIRST: Final = tuple(sorted(Tier, reverse=True))
+
+
+class _Subscriber(Session):
+    """A session with its socket, and its place in the delivery's lists."""
+
+    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued", "sock",
+        "tier", "timer_ns")  # fmt: skip
+
+    def __init__(
+        self, feed: Feed, ledger: TierLedger, hello: Hello, sock: socket.socket, network: str, extra: int
+    ) -> None:
+        super().__init__(feed, ledger, hello.format, sock.send, hello.since)
+        self.sock = sock
+        self.network = network
+        self.ledger = ledger
+        self.tier = ledger.profile.tier
+        self.extra = extra
+        self.place = 0  # in its tier's roster
+        self.beat_ns = 0
+        self.timer_ns = 0  # its earliest entry among the timers
+        self.blocked = False  # waits for the socket to become writable
+        self.queued = False  # waits for its slice
+        self.half_closed = False
+        self.closed = False
+
+
+class StreamDelivery:
+    """Serves one ring to TCP subscribers."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        accounts: Delivery,
+        *,
+        network: str,
+        tier_of_key: Callable[[str | None], Tier | None],
+        write_deadline_ns: Mapping[Tier, int],
+        max_sessions: int,
+        max_sessions_per_address: int | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+        hello_timeout_ns: int = HELLO_TIMEOUT_NS,
+        stall_timeout_ns: int = STALL_TIMEOUT_NS,
+        heartbeat_ns: int = NS_PER_S,
+        send_buffer: int = SEND_BUFFER,
+    ) -> None:
+        """`network` is the name told to subscribers; `tier_of_key` gives None for a key that is not accepted.
+
+        `max_sessions` counts connections, those still to say hello included. `clock` is CLOCK_MONOTONIC in ns, the
+        clock of the records' seen_ns.
+        """
+        self.stalled_closed = 0
+        """Sessions closed because they took no byte for the stall timeout."""
+        self._ring = ring
+        self._accounts = accounts
+        self._network = network
+        self._tier_of_key = tier_of_key
+        self._ledgers = tuple(TierLedger(accounts.tiers[tier], PROFILES[tier], write_deadline_ns[tier]) for tier in Tier)
+        self._max_sessions = max_sessions
+        self._max_sessions_per_address = max_sessions_per_address
+        self._clock = clock
+        self._hello_timeout_ns = hello_timeout_ns
+        self._stall_timeout_ns = stall_timeout_ns
+        self._heartbeat_ns = heartbeat_ns
+        self._send_buffer = send_buffer
+        self._feed = Feed(ring, clock)
+        self._processing = Histogram(accounts.processing)
+        self._rosters: tuple[list[_Subscriber], ...] = tuple([] for _ in Tier)
+        self._first = [0 for _ in Tier]
+        self._queues: tuple[deque[_Subscriber], ...] = tuple(deque() for _ in Tier)
+        self._draining = False
+        self._timers: list[tuple[int, int, _Subscriber]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._beats: deque[_Subscriber] = deque()
+        self._beat: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._reception: Reception | None = None
+
+    @property
+    def accept_pauses(self) -> int:
+        """How often accepting rested because the process was out of file descriptors or memory."""
+        return self._reception.accept_pauses if self._reception else 0
+
+    def start(self, loop: asyncio.AbstractEventLoop, host: str, port: int) -> tuple[str, int]:
+        """Listen; returns the bound address. Raises HostError, naming address and reason, when it can't be bound."""
+        listener = listen(host, port, self._send_buffer, self._stall_timeout_ns // NS_PER_MS)
+        self._loop = loop
+        self._reception = Reception(
+            loop,
+            listener,
+            self._accounts,
+            self._admit,
+            clock=self._clock,
+            hello_timeout_ns=self._hello_timeout_ns,
+            max_sessions=self._max_sessions,
+            max_sessions_per_address=self._max_sessions_per_address,
+        )
+        bound = listener.getsockname()
+        return str(bound[0]), int(bound[1])
+
+    def close(self) -> None:
+        """Stop listening and close every connection; whatever still waited is counted as dropped."""
+        if self._reception is None:
+            return
+        for roster in self._rosters:
+            for subscriber in list(roster):
+                self._end(subscriber)
+        self._reception.close()
+        self._reception = None
+        for handle in (self._timer, self._beat):
+            if handle is not None:
+                handle.cancel()
+        self._timers.clear()
+        self._beats.clear()
+
+    def publish(self) -> None:
+        """The ring has grown: send what is new to everybody who is caught up, the highest tier first."""
+        began = self._clock()
+        feed = self._feed
+        while feed.sequence < (tail := self._ring.tail):
+            first = feed.sequence + 1
+            last = min(tail, feed.sequence + _BATCH)
+            records = [record for n in range(first, last + 1) if (record := self._ring.copy(n)) is not None]
+            if len(records) < last - first + 1:
+                self._overtaken(began)
+                break
+            feed.publish(last, began)
+            frames: list[list[bytes]] = [[record_frame(record, Format.BINARY), b""] for record in records]
+            for tier in _TOP_FIRST:
+                if self._rosters[tier]:
+                    self._publish_to(tier, first, records, frames)
+        self._accounts.bytes_sent = feed.bytes_sent
+        self._processing.record(self._clock() - began)
+
+    def _publish_to(self, tier: Tier, first: int, records: list[bytes], frames: list[list[bytes]]) -> None:
+        roster, ledger = self._rosters[tier], self._ledgers[tier]
+        for sequence, record, forms in zip(range(first, first + len(records)), records, frames, strict=True):
+            self._first[tier] = start = (self._first[tier] + 1) % max(1, len(roster))
+            self._send_round(roster[start:] + roster[:start], ledger, sequence, record, forms)
+        worst = 0
+        for subscriber in roster:
+            if not subscriber.idle:
+                worst = max(worst, subscriber.backlog)
+                if subscriber.blocked:
+                    self._arm(subscriber)
+        ledger.backlog(worst)
+
+    def _send_round(
+        self, subscribers: list[_Subscriber], ledger: TierLedger, sequence: int, record: bytes, forms: list[bytes]
+    ) -> None:
+        """One record to all of one tier. One send() each; what is counted is counted afterwards, all at once."""
+        clock = self._clock
+        seen_ns = latency_origin_ns(record)
+        failed: list[int] = []
+        times = [clock()]
+        returned = times.append
+        total = 0
+        for subscriber in subscribers:
+            if subscriber.cursor != sequence or not subscriber.idle:
+                continue
+            frame = forms[subscriber.form]
+            if not frame:
+                forms[subscriber.form] = frame = record_frame(record, subscriber.form)
+            try:
+                sent = subscriber.send(frame)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                self._end(subscriber)
+                sent = 0
+            returned(clock())
+            total += sent
+            if sent == len(frame):
+                subscriber.cursor = sequence + 1
+            else:
+                failed.append(len(times) - 2)
+                if not subscriber.closed:
+                    subscriber.interrupted(sequence, frame, sent, times[-2], seen_ns)
+                    self._refused(subscriber)
+        self._feed.bytes_sent += total
+        ledger.sent(times, failed, seen_ns)
+
+    def _overtaken(self, now_ns: int) -> None:
+        """The ring was overwritten before it was published: everybody catches up with what is left of it."""
+        self._feed.publish(self._ring.tail, now_ns)
+        for roster in self._rosters:
+            for subscriber in roster:
+                subscriber.idle = False
+                self._enqueue(subscriber)
+
+    def _admit(self, sock: socket.socket, network: str, hello: Hello, extra: int) -> Refusal | None:
+        tier = self._tier_of_key(hello.key)
+        if tier is None:
+            return Refusal(NOT_ACCEPTED)
+        ledger, feed = self._ledgers[tier], self._feed
+        subscriber = _Subscriber(feed, ledger, hello, sock, network, extra)
+        subscriber.write_line(
+            welcome_line(
+                tier,
+                ledger.write_deadline_ns,
+                oldest=min(self._ring.oldest, feed.sequence + 1),
+                next_sequence=feed.sequence + 1,
+                session=self._ring.session,
+                network=self._network,
+                form=hello.format,
+            )
+        )
+        roster = self._rosters[tier]
+        subscriber.place = len(roster)
+        roster.append(subscriber)
+        self._accounts.accepted += 1
+        ledger.accounts.subscribers += 1
+        subscriber.beat_ns = self._clock() + self._heartbeat_ns
+        self._beats.append(subscriber)
+        if self._beat is None:
+            self._beat = self._loop.call_later(self._heartbeat_ns / 1e9, self._beat_round)
+        self._loop.add_reader(sock, self._readable, subscriber)
+        self._enqueue(subscriber)
+        return None
+
+    def _end(self, subscriber: _Subscriber) -> None:
+        if subscriber.closed:
+            return
+        subscriber.closed = True
+        subscriber.idle = False
+        subscriber.abandon()
+        roster = self._rosters[subscriber.tier]
+        last = roster.pop()
+        if last is not subscriber:
+            roster[subscriber.place] = last
+            last.place = subscriber.place
+        self._accounts.disconnected += 1
+        subscriber.ledger.accounts.subscribers -= 1
+        self._loop.remove_reader(subscriber.sock)
+        self._loop.remove_writer(subscriber.sock)
+        subscriber.sock.close()
+        if self._reception is not None:
+            self._reception.release(subscriber.network)
+
+    def _readable(self, subscriber: _Subscriber) -> None:
+        try:
+            data = subscriber.sock.recv(MAX_EXTRA + 1)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self._end(subscriber)
+            return
+        if data:
+            subscriber.extra += len(data)
+            if subscriber.extra > MAX_EXTRA:
+                self._end(subscriber)
+            return
+        # End of file is a close, or only the sending half's (`printf … | nc -N`). A heartbeat tells which: a peer that
+        # is gone answers it with a reset.
+        self._loop.remove_reader(subscriber.sock)
+        subscriber.half_closed = True
+        if subscriber.idle:
+            self._heartbeat(subscriber)
+        if not subscriber.closed:
+            self._arm_at(subscriber, self._clock() + _PROBE_NS)
+
+    def _write(self, subscriber: _Subscriber) -> Written | None:
+        """One slice for one subscriber; None when its socket turned out to be dead."""
+        try:
+            written = subscriber.write(_SLICE)
+        except OSError:
+            self._end(subscriber)
+            return None
+        if written is Written.REFUSED:
+            self._refused(subscriber)
+        elif written is Written.SOME:
+            self._enqueue(subscriber)
+        return written
+
+    def _refused(self, subscriber: _Subscriber) -> None:
+        if not subscriber.blocked:
+            subscriber.blocked = True
+            self._loop.add_writer(subscriber.sock, self._writable, subscriber)
+        self._arm(subscriber)
+
+    def _writable(self, subscriber: _Subscriber) -> None:
+        self._unblock(subscriber)
+        self._enqueue(subscriber)
+
+    def _unblock(self, subscriber: _Subscriber) -> None:
+        if subscriber.blocked:
+            subscriber.blocked = False
+            self._loop.remove_writer(subscriber.sock)
+
+    def _enqueue(self, subscriber: _Subscriber) -> None:
+        if subscriber.queued or subscriber.blocked:
+            return
+        subscriber.queued = True
+        self._queues[subscriber.tier].append(subscriber)
+        if not self._draining:
+            self._draining = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """A turn of catching up, the highest tier first."""
+        until = self._clock() + _TURN_NS
+        for tier in _TOP_FIRST:
+            queue = self._queues[tier]
+            while queue:
+                if self._clock() > until:
+                    self._loop.call_soon(self._drain)
+                    return
+                subscriber = queue.popleft()
+                subscriber.queued = False
+                if not subscriber.closed and not subscriber.blocked:
+                    self._write(subscriber)
+        self._draining = False
+
+    def _arm(self, subscriber: _Subscriber) -> None:
+        due = subscriber.due_ns()
+        if due:
+            self._arm_at(subscriber, due)
+
+    def _arm_at(self, subscriber: _Subscriber, due_ns: int) -> None:
+        """One timer serves all sessions: the earliest of their deadlines sets it.
+
+        A session has one valid entry, its earliest; once that is reached, it says what is due next.
+        """
+        if subscriber.timer_ns and subscriber.timer_ns <= due_ns:
+            return
+        subscriber.timer_ns = due_ns
+        heappush(self._timers, (due_ns, id(subscriber), subscriber))
+        if self._timers[0][0] == due_ns:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self._timers:
+            delay_ns = max(0, self._timers[0][0] - self._clock())
+            self._timer = self._loop.call_later(delay_ns / 1e9, self._deadlines)
+
+    def _deadlines(self) -> None:
+        now = self._clock()
+        for _ in range(_DEADLINES_A_TURN):
+            if not self._timers or self._timers[0][0] > now:
+                break
+            due, _, subscriber = heappop(self._timers)
+            if subscriber.timer_ns == due and not subscriber.closed:
+                subscriber.timer_ns = 0
+                self._deadline(subscriber, now)
+        self._set_timer()
+
+    def _deadline(self, subscriber: _Subscriber, now_ns: int) -> None:
+        if subscriber.half_closed and subscriber.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._end(subscriber)
+            return
+        if not subscriber.blocked:
+            return
+        if 0 < subscriber.due_ns() <= now_ns:
+            # Only a socket that is unwritable now loses anything, so ask it.
+            written = self._write(subscriber)
+            if written is Written.REFUSED:
+                subscriber.expire(now_ns)
+            elif written is not None:
+                self._unblock(subscriber)
+                if written is Written.SOME:
+                    self._enqueue(subscriber)
+                return
+        if not subscriber.closed:
+            self._arm(subscriber)
+
+    def _heartbeat(self, subscriber: _Subscriber) -> None:
+        beat = Heartbeat(self._ring.session, subscriber.cursor - 1, time.time_ns())
+        try:
+            written = subscriber.beat(heartbeat_frame(beat, subscriber.form))
+        except OSError:
+            self._end(subscriber)
+            return
+        if written is Written.REFUSED:
+            self._refused(subscriber)
+        else:
+            self._accounts.heartbeats += 1
+
+    def _beat_round(self) -> None:
+        """Heartbeats for whoever's turn it is, spread over the second as a matter of course: each sets its next."""
+        now = self._clock()
+        beats = self._beats
+        quiet = now - self._feed.newest_ns >= self._heartbeat_ns
+        for _ in range(_BEATS_A_TURN):
+            if not beats or beats[0].beat_ns > now:
+                break
+            subscriber = beats.popleft()
+            if subscriber.closed:
+                continue
+            subscriber.beat_ns = now + self._heartbeat_ns
+            beats.append(subscriber)
+            if subscriber.idle:
+                if quiet or not self._feed.newest_ns:
+                    self._heartbeat(subscriber)
+            elif subscriber.stalled_ns and now - subscriber.stalled_ns >= self._stall_timeout_ns:
+                self.stalled_closed += 1
+                self._end(subscriber)
+        self._beat = None
+        if beats:
+            spacing_ns = self._heartbeat_ns * _BEATS_A_TURN // len(beats)
+            delay_ns = min(self._heartbeat_ns, max(beats[0].beat_ns - now, spacing_ns))
+            self._beat = self._loop.call_later(delay_ns / 1e9, self._beat_round)

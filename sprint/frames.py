@@ -1,0 +1,152 @@
+"""The stream's framing, shared by server and client: binary frames, and one JSON line an event.
+
+A frame is `u32 length, u8 type, body`, little-endian; `length` counts the type's byte and the body, not itself. The
+bodies: type 1 a record of 192 bytes, type 2 what was lost, type 3 a heartbeat. docs/wire-format.md has them byte by
+byte. Pure: bytes and values in, bytes and values out.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from sprint.errors import RemoteProtocolError
+from sprint.events import Lapped
+from sprint.record import SIZE as RECORD_SIZE
+from sprint.record import Record
+from sprint.record import decode as decode_record
+
+
+class FrameType(IntEnum):
+    """What a frame's body is."""
+
+    RECORD = 1
+    LOST = 2
+    HEARTBEAT = 3
+
+
+class Format(IntEnum):
+    """How a subscriber wants to be told."""
+
+    BINARY = 0
+    JSON = 1
+
+    @property
+    def label(self) -> str:
+        """The format's name in the hello and in its answer."""
+        return self.name.lower()
+
+
+MAX_FRAME: Final = 4096
+"""The longest frame that a reader accepts, its length field apart: twenty times today's longest, for types to come."""
+
+HEAD: Final = struct.Struct("<IB")
+_LENGTH: Final = struct.Struct("<I")
+_LOST: Final = struct.Struct("<QQ")
+_HEARTBEAT: Final = struct.Struct("<QQQ")
+_RECORD_HEAD: Final = HEAD.pack(1 + RECORD_SIZE, FrameType.RECORD)
+_BODY_SIZES: Final = {
+    FrameType.RECORD: RECORD_SIZE,
+    FrameType.LOST: _LOST.size,
+    FrameType.HEARTBEAT: _HEARTBEAT.size,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The server lives, and this subscriber has been sent (or told of the loss of) everything up to `sequence`."""
+
+    session: int
+    sequence: int
+    """0: nothing yet."""
+    wall_ns: int
+
+
+Item = Record | Lapped | Heartbeat
+"""What a frame says."""
+
+
+def record_frame(record: bytes, form: Format) -> bytes:
+    """The frame of an encoded record of 192 bytes."""
+    if form is Format.BINARY:
+        return _RECORD_HEAD + record
+    return json_line(decode_record(record).as_dict())
+
+
+def lost_frame(lapped: Lapped, form: Format) -> bytes:
+    """The frame that tells a subscriber what it won't get."""
+    if form is Format.BINARY:
+        return HEAD.pack(1 + _LOST.size, FrameType.LOST) + _LOST.pack(lapped.first, lapped.lost)
+    return json_line({"event": "lost", "first": lapped.first, "lost": lapped.lost})
+
+
+def heartbeat_frame(heartbeat: Heartbeat, form: Format) -> bytes:
+    """The frame of a heartbeat; its JSON form gives the time in seconds."""
+    if form is Format.BINARY:
+        body = _HEARTBEAT.pack(heartbeat.session, heartbeat.sequence, heartbeat.wall_ns)
+        return HEAD.pack(1 + _HEARTBEAT.size, FrameType.HEARTBEAT) + body
+    return json_line(
+        {
+            "event": "heartbeat",
+            "session": f"{heartbeat.session:016x}",
+            "seq": heartbeat.sequence,
+            "time": heartbeat.wall_ns / 1e9,
+        }
+    )
+
+
+def json_line(value: dict[str, object]) -> bytes:
+    """One line of compact JSON in UTF-8, newline included."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+class FrameDecoder:
+    """Bytes in, items out, whatever way the bytes are cut. Holds at most one unfinished frame of MAX_FRAME bytes."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    @property
+    def unfinished(self) -> int:
+        """How many bytes of a frame that is not yet whole are held."""
+        return len(self._rest)
+
+    def receive(self, data: bytes) -> list[Item]:
+        """The items that these bytes complete; frames of unknown types are passed over.
+
+        Raises RemoteProtocolError for an empty frame, one longer than MAX_FRAME, a body of the wrong length and a
+        record that is none; nothing more can be decoded after that.
+        """
+        data = self._rest + data
+        items: list[Item] = []
+        at = 0
+        while len(data) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data, at)
+            if not 0 < length <= MAX_FRAME:
+                raise RemoteProtocolError(f"frame of {length} bytes: expected 1 to {MAX_FRAME}")
+            end = at + _LENGTH.size + length
+            if len(data) < end:
+                break
+            item = _decode(data[at + _LENGTH.size], data[at + HEAD.size : end])
+            if item is not None:
+                items.append(item)
+            at = end
+        self._rest = data[at:]
+        return items
+
+
+def _decode(number: int, body: bytes) -> Item | None:
+    try:
+        kind = FrameType(number)
+    except ValueError:
+        return None  # of a later version, which says nothing that we need
+    if len(body) != _BODY_SIZES[kind]:
+        raise RemoteProtocolError(f"frame of type {number} with {len(body)} bytes: expected {_BODY_SIZES[kind]}")
+    if kind is FrameType.RECORD:
+        return decode_record(body)
+    if kind is FrameType.LOST:
+        return Lapped(*_LOST.unpack(body))
+    return Heartbeat(*_HEARTBEAT.unpack(body))

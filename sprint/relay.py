@@ -1,0 +1,375 @@
+"""The relay: sightings in, proven blocks out, each once.
+
+First seen by hash over all sources; nothing goes out whose header our own chain has not accepted, and nothing before
+that chain has caught up with an upstream. Pure: `now_ns` (CLOCK_MONOTONIC) and `wall_ns` are arguments. What was
+decided about each sighting stands in a journal, which is read after the deliveries, never between packet and
+subscriber.
+
+Everything that strangers can make grow is bounded: sightings with an unknown parent or a time too far ahead, claims
+without a header, and the blocks whose state is remembered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from sprint.bitcoin.block import HEADER_SIZE, double_sha256
+from sprint.bitcoin.difficulty import MAX_FUTURE_S
+from sprint.chain import Accepted, HeaderChain, Reject, Reorg
+from sprint.events import Announcement, Block, Event, HeaderRun, PeerGone, PeerReady, Sighting, Source, State, Want
+from sprint.sync import HeaderSync
+from sprint.tiers import NS_PER_MS, NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+RECENT_BLOCKS = 4_096
+"""Blocks whose state is remembered: a month of main. A hash older than that is known from the chain alone."""
+MAX_HELD = 128
+"""Sightings kept until their parent, or their time, has come."""
+HELD_NS = 60 * NS_PER_S
+MAX_CLAIMS = 1_024
+"""Hashes announced without a header that we remember the first sighting of."""
+FIRST_CHECK_NS = 5 * NS_PER_MS
+LAST_CHECK_NS = 5 * NS_PER_S
+CHECKS = 120
+"""How often we ask whether an upstream has connected a block: with doubling pauses of up to 5 s, for ten minutes."""
+
+
+class Outcome(IntEnum):
+    """What the relay made of a sighting."""
+
+    FIRST = 0
+    DUPLICATE = 1
+    ASKED = 2
+    HELD = 3
+    REJECTED = 4
+    SYNCING = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One line of the journal."""
+
+    sighting: Sighting
+    outcome: Outcome
+    reason: Reject | None = None
+
+
+@dataclass(slots=True)
+class _Known:
+    hash: bytes
+    header: bytes
+    height: int
+    state: State
+    source: Source
+    peer: str
+    transactions: int
+    size: int
+    seen_ns: int
+
+
+@dataclass(slots=True)
+class _Check:
+    """A block that no upstream is known to have connected yet."""
+
+    peer: str
+    parent: bytes
+    due_ns: int
+    pause_ns: int = FIRST_CHECK_NS
+    left: int = CHECKS
+
+
+class Relay:
+    """Decides what is published. offer(), offer_run() and on_timer() return the blocks to publish, in order."""
+
+    def __init__(self, chain: HeaderChain, recent_blocks: int = RECENT_BLOCKS) -> None:
+        self.chain = chain
+        self.sync = HeaderSync(chain)
+        self._recent_blocks = recent_blocks
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._claims: OrderedDict[bytes, Sighting] = OrderedDict()
+        self._held: OrderedDict[bytes, tuple[Sighting, int, int]] = OrderedDict()
+        """hash → sighting, when it is given up, when it is worth another try by itself (0: with its parent only)."""
+        self._checks: dict[bytes, _Check] = {}
+        self._journal: list[Decision] = []
+        self._refused_runs: Counter[Reject] = Counter()
+        self._unsaved = bytearray()
+
+    # What the engine collects after each turn.
+
+    def take_wants(self) -> list[Want]:
+        """The questions to put to peers since the last call."""
+        return self.sync.take_wants()
+
+    def take_journal(self) -> list[Decision]:
+        """What was decided since the last call."""
+        journal, self._journal = self._journal, []
+        return journal
+
+    def take_headers(self) -> bytes:
+        """The headers accepted since the last call, n × 80 bytes, parents first: the header file's next lines."""
+        headers = bytes(self._unsaved)
+        self._unsaved.clear()
+        return headers
+
+    def take_refused_runs(self) -> Counter[Reject]:
+        """How often an answer of headers was refused since the last call, by the reason of the first bad one."""
+        refused, self._refused_runs = self._refused_runs, Counter()
+        return refused
+
+    @property
+    def caught_up(self) -> bool:
+        """Our header chain has caught up with an upstream, so that blocks are published."""
+        return self.sync.caught_up
+
+    @property
+    def held(self) -> int:
+        """Sightings that wait for their parent or their time."""
+        return len(self._held)
+
+    # What comes in.
+
+    def peer_ready(self, ready: PeerReady, now_ns: int) -> None:
+        """A peer can be asked for headers."""
+        self.sync.peer_ready(ready, now_ns)
+
+    def peer_gone(self, gone: PeerGone, now_ns: int) -> None:
+        """A peer can no longer be asked."""
+        self.sync.peer_gone(gone, now_ns)
+
+    def offer(self, sighting: Sighting, now_ns: int, wall_ns: int) -> Sequence[Block]:
+        """One peer's announcement of one block."""
+        known = self._known.get(sighting.hash)
+        if known is not None:
+            self._journal.append(Decision(sighting, Outcome.DUPLICATE))
+            if sighting.validated and not known.state & State.VALIDATED:
+                return self._validate(known, wall_ns)
+            return ()
+        if not self.sync.caught_up:
+            if sighting.header is not None:
+                self._hold(sighting, now_ns + HELD_NS, 0)
+            self._journal.append(Decision(sighting, Outcome.SYNCING))
+            return ()
+        header = sighting.header
+        if header is None:
+            return self._offer_hash(sighting, now_ns)
+        result = self.chain.accept(header, wall_ns // NS_PER_S)
+        if isinstance(result, Accepted):
+            if result.duplicate:
+                self._journal.append(Decision(sighting, Outcome.DUPLICATE))
+                return ()
+            return self._publish(sighting, result, now_ns, wall_ns)
+        return self._refuse(sighting, result, now_ns, wall_ns)
+
+    def offer_run(self, run: HeaderRun, now_ns: int, wall_ns: int) -> Sequence[Block]:
+        """A peer's answer to a getheaders: headers of its best chain, which it has connected."""
+        chain, wall_s = self.chain, wall_ns // NS_PER_S
+        blocks: list[Block] = []
+        result = chain.extend(run.headers, wall_s)
+        if result.rejection is not None:
+            self._refused_runs[result.rejection] += 1
+        first, last = HEADER_SIZE * result.duplicates, HEADER_SIZE * (result.duplicates + result.accepted)
+        self._unsaved += run.headers[first:last]
+        last_hash = double_sha256(run.headers[last - HEADER_SIZE : last]) if last else None
+        if self.sync.caught_up:
+            for at in range(first, last, HEADER_SIZE):
+                reorg = result.reorg if at + HEADER_SIZE == last else None
+                blocks += self._prove_from(run, run.headers[at : at + HEADER_SIZE], reorg, wall_ns)
+            if last_hash is not None and (known := self._known.get(last_hash)) is not None:
+                blocks += self._validate(known, wall_ns)
+        last_height = chain.height_of(last_hash) if last_hash is not None else None
+        if self.sync.answered(run, grew=last > first, last_height=last_height, now_ns=now_ns, wall_s=wall_s):
+            blocks += self._release(None, now_ns, wall_ns)
+        elif self._held and last > first:
+            arrived = [run.headers[at + 4 : at + 36] for at in range(first + HEADER_SIZE, last, HEADER_SIZE)]
+            blocks += self._release([*arrived, last_hash or b""], now_ns, wall_ns)
+        return blocks
+
+    def deadline(self) -> int | None:
+        """When on_timer has something to do, CLOCK_MONOTONIC ns."""
+        times = [check.due_ns for check in self._checks.values()]
+        times += [min(until, again or until) for _, until, again in self._held.values()]
+        sync = self.sync.deadline()
+        if sync is not None:
+            times.append(sync)
+        return min(times, default=None)
+
+    def on_timer(self, now_ns: int, wall_ns: int) -> Sequence[Block]:
+        """Whatever is due: held sightings whose time has come or is over, and questions to ask again."""
+        self.sync.on_timer(now_ns)
+        for block_hash, check in list(self._checks.items()):
+            if now_ns >= check.due_ns:
+                self._check(block_hash, check, now_ns)
+        blocks: list[Block] = []
+        for block_hash, (sighting, until_ns, again_ns) in list(self._held.items()):
+            if again_ns and now_ns >= again_ns:
+                del self._held[block_hash]
+                blocks += self.offer(sighting, now_ns, wall_ns)
+            elif now_ns >= until_ns:
+                del self._held[block_hash]
+        return blocks
+
+    # How it is decided.
+
+    def _offer_hash(self, sighting: Sighting, now_ns: int) -> Sequence[Block]:
+        if self.chain.knows(sighting.hash):
+            self._journal.append(Decision(sighting, Outcome.DUPLICATE))
+            return ()
+        self._claim(sighting)
+        self._journal.append(Decision(sighting, Outcome.ASKED))
+        self.sync.ask(sighting.peer, now_ns)
+        return ()
+
+    def _claim(self, sighting: Sighting) -> None:
+        if sighting.hash not in self._claims:
+            self._claims[sighting.hash] = sighting
+            if len(self._claims) > MAX_CLAIMS:
+                self._claims.popitem(last=False)
+
+    def _prove_from(self, run: HeaderRun, header: bytes, reorg: Reorg | None, wall_ns: int) -> list[Block]:
+        """PROVEN for a new header of an answer; what nobody had announced was found late, in a catch-up."""
+        chain, block_hash = self.chain, double_sha256(header)
+        height = chain.height_of(block_hash) or 0
+        accepted = Accepted(block_hash, height, best=chain.is_best(block_hash), duplicate=False, reorg=reorg)
+        held = self._held.pop(block_hash, None)
+        first = held[0] if held else self._claims.pop(block_hash, None)
+        sighting = Sighting(
+            run.source if first is None else first.source,
+            run.peer if first is None else first.peer,
+            Announcement.HEADERS if first is None else first.announcement,
+            block_hash,
+            header,
+            run.seen_ns if first is None else first.seen_ns,
+            0 if first is None else first.transactions,
+            0 if first is None else first.size,
+        )
+        if first is None:
+            self._journal.append(Decision(sighting, Outcome.FIRST))
+        return self._prove(sighting, accepted, wall_ns, State.CATCHUP if first is None else State(0))
+
+    def _refuse(self, sighting: Sighting, reason: Reject, now_ns: int, wall_ns: int) -> Sequence[Block]:
+        if reason is Reject.UNKNOWN_PARENT:
+            self._hold(sighting, now_ns + HELD_NS, 0)
+            self._claim(sighting)
+            self._journal.append(Decision(sighting, Outcome.HELD, reason))
+            self.sync.ask(sighting.peer, now_ns)
+        elif reason is Reject.TIME_TOO_NEW:
+            header = sighting.header or b""
+            early_ns = (int.from_bytes(header[68:72], "little") - MAX_FUTURE_S) * NS_PER_S - wall_ns
+            if early_ns < HELD_NS:
+                self._hold(sighting, now_ns + 2 * HELD_NS, now_ns + max(early_ns, 0) + NS_PER_S)
+            self._journal.append(Decision(sighting, Outcome.HELD, reason))
+        else:
+            self._journal.append(Decision(sighting, Outcome.REJECTED, reason))
+        return ()
+
+    def _hold(self, sighting: Sighting, until_ns: int, again_ns: int) -> None:
+        self._held.setdefault(sighting.hash, (sighting, until_ns, again_ns))
+        if len(self._held) > MAX_HELD:
+            self._held.popitem(last=False)
+
+    def _publish(self, sighting: Sighting, accepted: Accepted, now_ns: int, wall_ns: int) -> Sequence[Block]:
+        self._unsaved += sighting.header or b""
+        self._journal.append(Decision(sighting, Outcome.FIRST))
+        first = self._claims.pop(sighting.hash, None) if self._claims else None
+        if first is not None and first.seen_ns < sighting.seen_ns:
+            sighting = Sighting(
+                first.source, first.peer, first.announcement, sighting.hash, sighting.header, first.seen_ns,
+                sighting.transactions, sighting.size, sighting.validated,
+            )  # fmt: skip
+        blocks = self._prove(sighting, accepted, wall_ns, State(0))
+        known = self._known[sighting.hash]
+        if sighting.validated:
+            blocks += self._validate(known, wall_ns)
+        else:
+            check = _Check(sighting.peer, known.header[4:36], now_ns + FIRST_CHECK_NS)
+            self._checks[sighting.hash] = check
+        if self._held:
+            blocks += self._release([sighting.hash], now_ns, wall_ns)
+        return blocks
+
+    def _prove(self, sighting: Sighting, accepted: Accepted, wall_ns: int, extra: State) -> list[Block]:
+        """PROVEN, and STALE for every block that is no longer on the best chain."""
+        state = State.PROVEN | extra
+        if accepted.best:
+            state |= State.BEST
+        reorg = accepted.reorg
+        if reorg is not None:
+            state |= State.REORG
+        known = _Known(
+            sighting.hash, sighting.header or b"", accepted.height, state, sighting.source, sighting.peer,
+            sighting.transactions, sighting.size, sighting.seen_ns,
+        )  # fmt: skip
+        self._remember(known)
+        blocks = [self._block(Event.PROVEN, known, wall_ns, reorg.fork_height if reorg else 0)]
+        if reorg is not None:
+            blocks += [self._stale(loser, wall_ns) for loser in reversed(reorg.disconnected)]
+            for winner in reorg.connected:
+                if (won := self._known.get(winner)) is not None:
+                    won.state |= State.BEST
+        return blocks
+
+    def _stale(self, block_hash: bytes, wall_ns: int) -> Block:
+        known = self._known.get(block_hash)
+        if known is None:  # best before this session began
+            header = self.chain.header_of(block_hash) or b""
+            height = self.chain.height_of(block_hash) or 0
+            known = _Known(block_hash, header, height, State.PROVEN, Source.P2P, "", 0, 0, 0)
+            self._remember(known)
+        known.state = (known.state | State.STALE) & ~State.BEST
+        self._checks.pop(block_hash, None)
+        return self._block(Event.STALE, known, wall_ns)
+
+    def _validate(self, known: _Known, wall_ns: int) -> list[Block]:
+        """VALIDATED for the ancestors that wait for it, then for the block: one can't be without the others."""
+        waiting: list[_Known] = []
+        block: _Known | None = known
+        while block is not None and not block.state & State.VALIDATED:
+            waiting.append(block)
+            block = self._known.get(block.header[4:36])
+        blocks = []
+        for block in reversed(waiting):
+            block.state |= State.VALIDATED
+            self._checks.pop(block.hash, None)
+            blocks.append(self._block(Event.VALIDATED, block, wall_ns))
+        return blocks
+
+    def _block(self, event: Event, known: _Known, wall_ns: int, fork_height: int = 0) -> Block:
+        chain = self.chain
+        return Block(
+            event, known.state, known.source, known.peer, known.hash, known.header, known.height, fork_height,
+            chain.next_bits(known.hash), chain.median_time_past(known.hash), known.transactions, known.size,
+            wall_ns, known.seen_ns,
+        )  # fmt: skip
+
+    def _remember(self, known: _Known) -> None:
+        self._known[known.hash] = known
+        if len(self._known) > self._recent_blocks:
+            gone, _ = self._known.popitem(last=False)
+            self._checks.pop(gone, None)
+
+    def _release(self, parents: Iterable[bytes] | None, now_ns: int, wall_ns: int) -> list[Block]:
+        """Offer again what was held for want of these parents; None: all that waits for a parent."""
+        blocks: list[Block] = []
+        arrived = None if parents is None else set(parents)
+        for block_hash, (sighting, _, again_ns) in list(self._held.items()):
+            if again_ns or sighting.header is None:
+                continue
+            if arrived is None or sighting.header[4:36] in arrived:
+                self._held.pop(block_hash, None)
+                blocks += self.offer(sighting, now_ns, wall_ns)
+        return blocks
+
+    def _check(self, block_hash: bytes, check: _Check, now_ns: int) -> None:
+        """Ask whether an upstream has connected the block: only then does it serve the header after the parent's."""
+        self.sync.ask(check.peer, now_ns, (check.parent,))
+        check.left -= 1
+        if not check.left:
+            del self._checks[block_hash]
+            return
+        check.pause_ns = min(2 * check.pause_ns, LAST_CHECK_NS)
+        check.due_ns = now_ns + check.pause_ns

@@ -1,0 +1,177 @@
+"""Source p2p: connections of our own to the configured upstreams, all raced.
+
+Up to three upstreams push compact blocks (BIP152 allows no more), all announce by headers. One epoll descriptor stands
+for all sockets, so whatever loop drives the source watches a single one.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+from typing import TYPE_CHECKING
+
+from sprint.events import Source
+from sprint.sources.resolver import Resolver, numeric
+from sprint.sources.upstream import Upstream
+from sprint.status import StatusBlock, writing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sprint.addresses import Address
+    from sprint.bitcoin.networks import Network
+    from sprint.events import Want
+    from sprint.sources import Heard
+
+MAX_HIGH_BANDWIDTH = 3
+"""BIP152: ask no more than three peers to push compact blocks."""
+READ_SIZE = 1 << 18
+"""One upstream's share of a turn: 4 MB of junk take 16 turns, and every other upstream is heard between them."""
+
+
+class P2PSource:
+    """Keeps a connection to each upstream and says what they say."""
+
+    def __init__(
+        self, upstreams: Sequence[Address], network: Network, tip_height: Callable[[], int], status: StatusBlock
+    ) -> None:
+        """`tip_height` gives the height that our version message claims."""
+        nonce = random.getrandbits(64)
+        self._status = status
+        self._upstreams = {
+            str(address): Upstream(address, network, nonce, tip_height) for address in dict.fromkeys(upstreams)
+        }
+        self._epoll = select.epoll()
+        self._resolver = Resolver()
+        self._epoll.register(self._resolver.fileno(), select.EPOLLIN)
+        self._watched: dict[int, Upstream] = {}
+        self._registered: dict[str, tuple[int, int]] = {}
+        """By upstream: the descriptor and the mask that epoll has of it."""
+        self._buffer = memoryview(bytearray(READ_SIZE))
+        self._heard: list[Heard] = []
+        for name in self._upstreams:
+            status.peer_index(name)
+
+    def fileno(self) -> int:
+        """The epoll descriptor over all sockets."""
+        return self._epoll.fileno()
+
+    def poll(self, now_ns: int) -> list[Heard]:
+        """Read and write what can be, connect what has to be."""
+        heard = self._heard
+        self._heard = []
+        for descriptor, mask in self._epoll.poll(0):
+            upstream = self._watched.get(descriptor)
+            if upstream is None:
+                self._on_resolved(now_ns)
+                continue
+            if mask & select.EPOLLOUT or (mask & select.EPOLLERR and not upstream.ready):
+                heard += upstream.on_writable(now_ns)
+            if mask & ~select.EPOLLOUT:
+                heard += upstream.on_readable(self._buffer)
+            self._watch(upstream)
+            if heard:  # what one upstream says doesn't wait for what the next one may say: epoll reports that again
+                return heard
+        for upstream in self._upstreams.values():
+            due = upstream.deadline()
+            if due is not None and now_ns >= due:
+                heard += self._on_timer(upstream, now_ns)
+        return heard
+
+    def deadline(self) -> int | None:
+        """The first upstream's next time-out, ping or attempt."""
+        if self._heard:
+            return 0
+        times = [upstream.deadline() for upstream in self._upstreams.values()]
+        return min((time_ns for time_ns in times if time_ns is not None), default=None)
+
+    def want(self, want: Want, now_ns: int) -> None:
+        """Send a getheaders to the upstream of that name."""
+        upstream = self._upstreams.get(want.peer)
+        if upstream is not None:
+            self._heard += upstream.ask_headers(want.locator, now_ns)
+            self._watch(upstream)
+
+    def close(self) -> None:
+        """End all connections."""
+        for upstream in self._upstreams.values():
+            upstream.close()
+        self._resolver.close()
+        self._epoll.close()
+
+    def account(self) -> None:
+        """Write each upstream's row of the status block."""
+        for name, upstream in self._upstreams.items():
+            index = self._status.peer_index(name)
+            if index is None:
+                continue
+            upstream.refresh_account()
+            row, account = self._status.layout.peers[index], upstream.account
+            with writing(row):
+                row.source = Source.P2P
+                row.agent = account.agent.encode()[:63]
+                row.last_error = account.last_error.encode()[:127]
+                for field in ("connected", "high_bandwidth", "height", "connects", "failures", "rtt_ns"):
+                    setattr(row, field, getattr(account, field))
+                row.bytes_received, row.skipped_messages = account.bytes_received, account.skipped_messages
+
+    def _on_timer(self, upstream: Upstream, now_ns: int) -> list[Heard]:
+        heard: list[Heard] = []
+        if upstream.retry_ns is not None and now_ns >= upstream.retry_ns:
+            self._start(upstream, now_ns)
+        else:
+            heard = upstream.on_timer(now_ns)
+        self._watch(upstream)
+        return heard
+
+    def _start(self, upstream: Upstream, now_ns: int) -> None:
+        if not upstream.candidates:
+            found = numeric(upstream.address)
+            if found is None:
+                upstream.retry_ns = None
+                self._resolver.submit(upstream.address)
+                return
+            upstream.candidates = [found]
+        taken = sum(other.account.high_bandwidth for other in self._upstreams.values())
+        upstream.connect(now_ns, high_bandwidth=taken < MAX_HIGH_BANDWIDTH)
+
+    def _on_resolved(self, now_ns: int) -> None:
+        for address, found, error in self._resolver.results():
+            upstream = self._upstreams[str(address)]
+            upstream.candidates = found
+            if found:
+                self._start(upstream, now_ns)
+            else:
+                upstream.postpone(now_ns, error)
+            self._watch(upstream)
+
+    def _watch(self, upstream: Upstream) -> None:
+        """Bring epoll in line with what the upstream's socket waits for; a closed socket has left epoll by itself."""
+        registered = self._registered.get(upstream.name)
+        descriptor = -1 if upstream.socket is None else upstream.socket.fileno()
+        mask = select.EPOLLIN | (select.EPOLLOUT if upstream.wants_to_write else 0)
+        if registered == (descriptor, mask):
+            return
+        if registered is not None and registered[0] == descriptor:
+            self._epoll.modify(descriptor, mask)
+        else:
+            if registered is not None:
+                del self._watched[registered[0]], self._registered[upstream.name]
+                self._on_left(upstream)
+            if descriptor < 0:
+                return
+            self._epoll.register(descriptor, mask)
+            self._watched[descriptor] = upstream
+        self._registered[upstream.name] = (descriptor, mask)
+
+    def _on_left(self, gone: Upstream) -> None:
+        """An upstream has lost its connection: its name may lead elsewhere now, and its place as pusher is free."""
+        if numeric(gone.address) is None:
+            gone.candidates = []
+        others = [other for other in self._upstreams.values() if other.ready]
+        if sum(other.account.high_bandwidth for other in others) < MAX_HIGH_BANDWIDTH:
+            for other in others:
+                if not other.account.high_bandwidth:
+                    self._heard += other.request_high_bandwidth()
+                    self._watch(other)
+                    break

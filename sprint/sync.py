@@ -1,0 +1,140 @@
+"""Whom to ask for headers and when, and whether our chain has caught up with an upstream.
+
+Pure: events and `now_ns` in, Wants out. One peer at a time serves the first sync; once caught up, every peer is asked
+after its handshake, which also tells it what we have: Bitcoin Core announces by header only to those it believes to
+know the parent. A peer has one question open at a time; what comes up meanwhile is asked when the answer is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sprint.events import Want
+from sprint.tiers import NS_PER_S
+
+if TYPE_CHECKING:
+    from sprint.chain import HeaderChain
+    from sprint.events import HeaderRun, PeerGone, PeerReady, Source
+
+UNANSWERED_NS = 20 * NS_PER_S
+"""A question this old may be asked again, of another peer during the first sync."""
+RETRY_NS = 5 * NS_PER_S
+"""An upstream that is itself syncing is asked again after this."""
+PEER_BEHIND_BLOCKS = 6
+"""An upstream whose chain ends further below ours than this is still syncing: it can't tell us that we are current."""
+
+
+@dataclass(slots=True)
+class _Peer:
+    source: Source
+    name: str
+    height: int
+    asked_ns: int | None = None
+    again: bool = False
+
+
+class HeaderSync:
+    """The header conversation with all peers."""
+
+    def __init__(self, chain: HeaderChain) -> None:
+        self._chain = chain
+        self._peers: dict[str, _Peer] = {}
+        self._serving: str | None = None
+        """The peer of the first sync."""
+        self._retry_ns: int | None = None
+        self._wants: list[Want] = []
+        self.caught_up = False
+
+    def take_wants(self) -> list[Want]:
+        """What to ask since the last call."""
+        wants, self._wants = self._wants, []
+        return wants
+
+    def peer_ready(self, ready: PeerReady, now_ns: int) -> None:
+        """A peer can be asked from now on."""
+        self._peers[ready.peer] = _Peer(ready.source, ready.peer, ready.height)
+        if self.caught_up:
+            self.ask(ready.peer, now_ns)
+        elif self._serving is None:
+            self._serve_from(ready.peer, now_ns)
+
+    def peer_gone(self, gone: PeerGone, now_ns: int) -> None:
+        """A peer can no longer be asked; another one takes the first sync over."""
+        self._peers.pop(gone.peer, None)
+        if self._serving == gone.peer:
+            self._serving = None
+            self._serve_from(next(iter(self._peers), None), now_ns)
+
+    def ask(self, peer: str, now_ns: int, locator: tuple[bytes, ...] | None = None) -> None:
+        """Ask that peer for what follows `locator` (our chain's unless given); a peer that can't be asked means all."""
+        asked = self._peers.get(peer)
+        for one in [asked] if asked else list(self._peers.values()):
+            if one.asked_ns is not None and now_ns - one.asked_ns < UNANSWERED_NS:
+                one.again = True
+                continue
+            one.asked_ns = now_ns
+            one.again = False
+            self._want(one, locator)
+
+    def answered(self, run: HeaderRun, *, grew: bool, last_height: int | None, now_ns: int, wall_s: int) -> bool:
+        """Take in an answer: whether our chain grew by it, and the height that its last header has on our chain.
+
+        Returns True when by this answer our chain has caught up.
+        """
+        peer = self._peers.get(run.peer)
+        if peer is None:
+            return False
+        again, peer.asked_ns, peer.again = peer.again, None, False
+        if last_height is not None:
+            peer.height = max(peer.height, last_height)
+        if not run.complete and grew:
+            self.ask(run.peer, now_ns)
+            return False
+        if again:
+            self.ask(run.peer, now_ns)
+        if self.caught_up:
+            return False
+        if run.complete and self._is_current(peer, wall_s):
+            self.caught_up = True
+            self._retry_ns = None
+            for other in self._peers:
+                if other != run.peer:
+                    self.ask(other, now_ns)
+            return True
+        self._retry_ns = now_ns + RETRY_NS
+        return False
+
+    def deadline(self) -> int | None:
+        """When on_timer has something to do."""
+        times = [] if self._retry_ns is None else [self._retry_ns]
+        serving = self._peers.get(self._serving or "")
+        if not self.caught_up and serving is not None and serving.asked_ns is not None:
+            times.append(serving.asked_ns + UNANSWERED_NS)
+        return min(times, default=None)
+
+    def on_timer(self, now_ns: int) -> None:
+        """Ask again what was not answered, or not to our satisfaction; of the next peer where there is one."""
+        if self.caught_up or (due := self.deadline()) is None or now_ns < due:
+            return
+        self._retry_ns = None
+        names = list(self._peers)
+        after = names.index(self._serving) + 1 if self._serving in names else 0
+        self._serve_from(names[after % len(names)] if names else None, now_ns)
+
+    def _serve_from(self, peer: str | None, now_ns: int) -> None:
+        self._serving = peer
+        if peer is not None:
+            self.ask(peer, now_ns)
+
+    def _is_current(self, peer: _Peer, wall_s: int) -> bool:
+        chain = self._chain
+        network = chain.network
+        if chain.tip_work < network.minimum_chain_work:
+            return False
+        if network.max_tip_age_s is not None and wall_s - chain.tip_time > network.max_tip_age_s:
+            return False
+        return chain.tip_height - PEER_BEHIND_BLOCKS <= peer.height <= chain.tip_height
+
+    def _want(self, peer: _Peer, locator: tuple[bytes, ...] | None) -> None:
+        self._wants.append(Want(peer.source, peer.name, locator or tuple(self._chain.locator())))

@@ -1,0 +1,34 @@
+"""Fixtures of the tests against a node by others; they skip with the reason where it isn't installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.real.bcoin import BcoinNode, missing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def bcoin_installed() -> None:
+    """Skips what asks for it when no bcoin can be started here."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def bcoin(bcoin_installed: None) -> Iterator[BcoinNode]:
+    """One regtest node at genesis, chain in memory."""
+    with BcoinNode() as node:
+        yield node
+
+
+@pytest.fixture
+def bcoin_pair(bcoin_installed: None) -> Iterator[tuple[BcoinNode, BcoinNode]]:
+    """Two regtest nodes at genesis, chains in memory, not connected to each other."""
+    with BcoinNode("alice") as alice, BcoinNode("bob") as bob:
+        yield alice, bob
