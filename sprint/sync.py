@@ -3,6 +3,10 @@
 Pure: events and `now_ns` in, Wants out. One peer at a time serves the first sync; once caught up, every peer is asked
 after its handshake, which also tells it what we have: Bitcoin Core announces by header only to those it believes to
 know the parent. A peer has one question open at a time; what comes up meanwhile is asked when the answer is there.
+
+Every question begins one block below our tip, as Core's own do: some nodes (bcoin) say nothing where there is nothing
+to tell, and so a peer that shares our chain always has the tip to tell, which is also how it says that it has connected
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     from sprint.chain import HeaderChain
     from sprint.events import HeaderRun, PeerGone, PeerReady, Source
 
-UNANSWERED_NS = 20 * NS_PER_S
+UNANSWERED_NS = 5 * NS_PER_S
 """A question this old may be asked again, of another peer during the first sync."""
 RETRY_NS = 5 * NS_PER_S
 """An upstream that is itself syncing is asked again after this."""
@@ -53,7 +57,9 @@ class HeaderSync:
 
     def peer_ready(self, ready: PeerReady, now_ns: int) -> None:
         """A peer can be asked from now on."""
-        self._peers[ready.peer] = _Peer(ready.source, ready.peer, ready.height)
+        peer = self._peers[ready.peer] = _Peer(ready.source, ready.peer, ready.height)
+        if not self.caught_up and peer.height == self._chain.tip_height == 0 and self._is_current(peer, 0):
+            self.caught_up = True  # a new regtest chain: neither of us has a block, and not every node answers that
         if self.caught_up:
             self.ask(ready.peer, now_ns)
         elif self._serving is None:
@@ -137,4 +143,7 @@ class HeaderSync:
         return chain.tip_height - PEER_BEHIND_BLOCKS <= peer.height <= chain.tip_height
 
     def _want(self, peer: _Peer, locator: tuple[bytes, ...] | None) -> None:
-        self._wants.append(Want(peer.source, peer.name, locator or tuple(self._chain.locator())))
+        if locator is None:
+            chain = self._chain
+            locator = tuple(chain.locator_from(chain.hash_at(max(0, chain.tip_height - 1))))
+        self._wants.append(Want(peer.source, peer.name, locator))

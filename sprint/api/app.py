@@ -59,7 +59,9 @@ def create_app(status: StatusBlock) -> Flask:
         return answer, 200 if answer["status"] == "ok" else 503
 
     def blocks() -> ResponseReturnValue:
-        return views.blocks(status, _whole_number("limit", 1, BLOCKS, DEFAULT_BLOCKS))
+        answer = views.blocks(status, _whole_number("limit", 1, BLOCKS, DEFAULT_BLOCKS))
+        # Not indented: only Python's slow encoder can, and in one process the relay waits for the GIL meanwhile.
+        return app.response_class(app.json.dumps(answer, separators=(",", ":")) + "\n", mimetype="application/json")
 
     def sources() -> ResponseReturnValue:
         return views.sources(status)

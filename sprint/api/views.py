@@ -6,6 +6,7 @@ Nothing here opens a socket or reads a clock: the two clocks' times are argument
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sprint.errors import RemoteProtocolError
@@ -15,12 +16,12 @@ from sprint.status import BLOCKS, MARKS
 from sprint.tiers import NS_PER_S, NS_PER_US, Tier
 
 if TYPE_CHECKING:
-    from enum import IntEnum
-
     from sprint.status import BlockRow, Mark, Peer, StatusBlock
 
 HEARTBEAT_LIMIT_NS = 3 * NS_PER_S
 """The relay turns at least once a second; three missed turns mean that it hangs or is gone."""
+SOURCES = {int(source): source.name.lower() for source in Source}
+ANNOUNCEMENTS = {int(announcement): announcement.name.lower() for announcement in Announcement}
 
 
 def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def sources(status: StatusBlock) -> dict[str, Any]:
 def _source(peer: Peer) -> dict[str, Any]:
     return {
         "name": _text(peer.name),
-        "source": _label(Source, peer.source),
+        "source": SOURCES.get(peer.source),
         "connected": bool(peer.connected),
         "agent": _text(peer.agent) or None,
         "high_bandwidth": bool(peer.high_bandwidth),
@@ -101,7 +102,7 @@ def blocks(status: StatusBlock, limit: int) -> dict[str, Any]:
     begun = int(status.layout.block_count) - count
     rows = rows[: max(0, BLOCKS - begun)]
     told = (_block(row, names) for row in rows)
-    return {"blocks": [block for block in told if block is not None][:limit]}
+    return {"blocks": list(islice((block for block in told if block is not None), limit))}
 
 
 def _block(row: BlockRow, names: list[str]) -> dict[str, Any] | None:
@@ -130,8 +131,8 @@ def _block(row: BlockRow, names: list[str]) -> dict[str, Any] | None:
 def _mark(mark: Mark, first_ns: int, names: list[str]) -> dict[str, Any]:
     return {
         "peer": (names[mark.peer] or None) if mark.peer < len(names) else None,
-        "source": _label(Source, mark.source),
-        "announcement": _label(Announcement, mark.announcement),
+        "source": SOURCES.get(mark.source),
+        "announcement": ANNOUNCEMENTS.get(mark.announcement),
         "seen_ns": int(mark.seen_ns),
         "after_first_us": _after_us(mark.seen_ns, first_ns),
     }
@@ -143,13 +144,6 @@ def _after_us(at_ns: int, first_ns: int) -> float | None:
 
 def _mean_us(total_ns: int, count: int) -> float | None:
     return round(total_ns / count / NS_PER_US, 3) if count else None
-
-
-def _label(kind: type[IntEnum], value: int) -> str | None:
-    try:
-        return kind(value).name.lower()
-    except ValueError:
-        return None
 
 
 def _text(field: bytes) -> str:

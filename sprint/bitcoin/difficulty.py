@@ -51,10 +51,26 @@ def retarget(network: Network, base_bits: int, first_time: int, last_time: int) 
     return encode_compact_target(min(network.pow_limit, target_of(base_bits) * elapsed // timespan))
 
 
-def required_bits(network: Network, height: int, time: int | None, ancestor: Callable[[int], bytes]) -> int:
+def regular_bits(network: Network, height: int, ancestor: Callable[[int], bytes]) -> int:
+    """nBits of the last block below `height`, in the period of its parent, that isn't the 20-minute rule's exception.
+
+    May walk back a whole period; whoever goes upwards carries the answer along.
+    """
+    at = height - 1
+    bits = header_bits(ancestor(at))
+    while bits == network.pow_limit_bits and at % network.interval:
+        at -= 1
+        bits = header_bits(ancestor(at))
+    return bits
+
+
+def required_bits(
+    network: Network, height: int, time: int | None, ancestor: Callable[[int], bytes], regular: int | None = None
+) -> int:
     """nBits that the block of `height` and `time` must carry; `ancestor(h)` is its branch's 80-byte header at h.
 
-    With `time` None the block isn't known yet: 0 where its nBits depend on its time. `height` is above 0.
+    With `time` None the block isn't known yet: 0 where its nBits depend on its time. `regular` is what `regular_bits`
+    says, if it is known already. `height` is above 0.
     """
     if network.no_retargeting:
         return network.pow_limit_bits
@@ -70,13 +86,7 @@ def required_bits(network: Network, height: int, time: int | None, ancestor: Cal
         return 0
     if time > header_time(parent) + 2 * network.target_spacing:
         return network.pow_limit_bits
-    # Blocks of the exception don't count: the difficulty is that of the last block without it, in this period.
-    at = height - 1
-    bits = header_bits(parent)
-    while bits == network.pow_limit_bits and at % network.interval:
-        at -= 1
-        bits = header_bits(ancestor(at))
-    return bits
+    return regular_bits(network, height, ancestor) if regular is None else regular
 
 
 def minimum_version(network: Network, height: int) -> int:

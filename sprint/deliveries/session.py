@@ -1,6 +1,6 @@
 """One stream subscriber's state: a cursor into the ring and at most one begun frame, whatever the subscriber does.
 
-Knows no event loop and no socket: `send` is given, takes bytes, returns how many it took, and raises BlockingIOError
+Knows no event loop, and of its socket only send(): it takes bytes, returns how many it took, and raises BlockingIOError
 where it would block. Rules:
 
 - A begun frame is always finished before anything else is sent.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from array import array
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from sprint.events import Lapped, State
 from sprint.frames import Format, lost_frame, record_frame
@@ -67,6 +67,16 @@ class Feed:
         return self._published_ns[(sequence - 1) % self.ring.slots]
 
 
+class Sends(Protocol):
+    """As much of a non-blocking socket as a session needs."""
+
+    def send(self, data: bytes, /) -> int:
+        """How many bytes were taken; BlockingIOError for none, another OSError for a dead connection."""
+
+
+S = TypeVar("S", bound=Sends)
+
+
 class Written(Enum):
     """How a write ended."""
 
@@ -78,18 +88,16 @@ class Written(Enum):
     """The socket takes no more for now."""
 
 
-class Session:
+class Session(Generic[S]):
     """The state of one subscriber. `idle` and `cursor` are what publish() looks at before it sends straight away."""
 
     __slots__ = ("_begun", "_begun_seen_ns", "_begun_sequence", "_begun_started_ns", "_behind_ns", "_expired", "_feed",
-        "_ledger", "_lost", "_replay_until", "cursor", "form", "idle", "send", "stalled_ns")  # fmt: skip
+        "_ledger", "_lost", "_replay_until", "cursor", "form", "idle", "sock", "stalled_ns")  # fmt: skip
 
-    def __init__(
-        self, feed: Feed, ledger: TierLedger, form: Format, send: Callable[[bytes], int], since: int | None
-    ) -> None:
+    def __init__(self, feed: Feed, ledger: TierLedger, form: Format, sock: S, since: int | None) -> None:
         """`since` is the first sequence wanted; None or one that isn't published yet: from the next record on."""
         self.form = form
-        self.send = send
+        self.sock = sock
         self.idle = False
         self.stalled_ns = 0
         """Since when the socket has taken not one byte; 0: it takes them."""
@@ -182,7 +190,7 @@ class Session:
 
     def _try(self, data: bytes) -> int:
         try:
-            sent = self.send(data)
+            sent = self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
         self._feed.bytes_sent += sent

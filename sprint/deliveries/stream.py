@@ -13,9 +13,9 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final
 
+from sprint.deliveries.deadlines import Deadlines, Heartbeats
 from sprint.deliveries.hello import NOT_ACCEPTED, Hello, Refusal, welcome_line
 from sprint.deliveries.ledger import TierLedger
 from sprint.deliveries.reception import Reception, listen
@@ -44,9 +44,6 @@ _SLICE: Final = 16
 """Frames in one write to a subscriber that is catching up."""
 _TURN_NS: Final = 200 * NS_PER_US
 """How long one turn of catching up lasts, so that a publication waits no longer than that for it."""
-_BEATS_A_TURN: Final = 32
-"""Heartbeats in one turn, about 300 µs."""
-_DEADLINES_A_TURN: Final = 64
 _BATCH: Final = 16
 """Records sent in one go when several wait: all of them to one tier before the next tier's turn."""
 _PROBE_NS: Final = 100 * NS_PER_MS
@@ -54,24 +51,23 @@ _PROBE_NS: Final = 100 * NS_PER_MS
 _TOP_FIRST: Final = tuple(sorted(Tier, reverse=True))
 
 
-class _Subscriber(Session):
+class _Subscriber(Session[socket.socket]):
     """A session with its socket, and its place in the delivery's lists."""
 
-    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued", "sock",
-        "tier", "timer_ns")  # fmt: skip
+    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued", "tier",
+        "timer_ns")  # fmt: skip
 
     def __init__(
         self, feed: Feed, ledger: TierLedger, hello: Hello, sock: socket.socket, network: str, extra: int
     ) -> None:
-        super().__init__(feed, ledger, hello.format, sock.send, hello.since)
-        self.sock = sock
+        super().__init__(feed, ledger, hello.format, sock, hello.since)
         self.network = network
         self.ledger = ledger
         self.tier = ledger.profile.tier
         self.extra = extra
         self.place = 0  # in its tier's roster
         self.beat_ns = 0
-        self.timer_ns = 0  # its earliest entry among the timers
+        self.timer_ns = 0
         self.blocked = False  # waits for the socket to become writable
         self.queued = False  # waits for its slice
         self.half_closed = False
@@ -108,7 +104,7 @@ class StreamDelivery:
         self._accounts = accounts
         self._network = network
         self._tier_of_key = tier_of_key
-        self._ledgers = tuple(TierLedger(accounts.tiers[tier], PROFILES[tier], write_deadline_ns[tier]) for tier in Tier)
+        self._ledgers = tuple(TierLedger(accounts.tiers[t], PROFILES[t], write_deadline_ns[t]) for t in Tier)
         self._max_sessions = max_sessions
         self._max_sessions_per_address = max_sessions_per_address
         self._clock = clock
@@ -122,10 +118,8 @@ class StreamDelivery:
         self._first = [0 for _ in Tier]
         self._queues: tuple[deque[_Subscriber], ...] = tuple(deque() for _ in Tier)
         self._draining = False
-        self._timers: list[tuple[int, int, _Subscriber]] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._beats: deque[_Subscriber] = deque()
-        self._beat: asyncio.TimerHandle | None = None
+        self._deadlines: Deadlines[_Subscriber]
+        self._heartbeats: Heartbeats[_Subscriber]
         self._loop: asyncio.AbstractEventLoop
         self._reception: Reception | None = None
 
@@ -138,6 +132,8 @@ class StreamDelivery:
         """Listen; returns the bound address. Raises HostError, naming address and reason, when it can't be bound."""
         listener = listen(host, port, self._send_buffer, self._stall_timeout_ns // NS_PER_MS)
         self._loop = loop
+        self._deadlines = Deadlines(loop, self._clock, self._deadline)
+        self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._turn_to_beat)
         self._reception = Reception(
             loop,
             listener,
@@ -160,11 +156,8 @@ class StreamDelivery:
                 self._end(subscriber)
         self._reception.close()
         self._reception = None
-        for handle in (self._timer, self._beat):
-            if handle is not None:
-                handle.cancel()
-        self._timers.clear()
-        self._beats.clear()
+        self._deadlines.close()
+        self._heartbeats.close()
 
     def publish(self) -> None:
         """The ring has grown: send what is new to everybody who is caught up, the highest tier first."""
@@ -208,6 +201,7 @@ class StreamDelivery:
         times = [clock()]
         returned = times.append
         total = 0
+        after = sequence + 1
         for subscriber in subscribers:
             if subscriber.cursor != sequence or not subscriber.idle:
                 continue
@@ -215,7 +209,7 @@ class StreamDelivery:
             if not frame:
                 forms[subscriber.form] = frame = record_frame(record, subscriber.form)
             try:
-                sent = subscriber.send(frame)
+                sent = subscriber.sock.send(frame)
             except (BlockingIOError, InterruptedError):
                 sent = 0
             except OSError:
@@ -224,7 +218,7 @@ class StreamDelivery:
             returned(clock())
             total += sent
             if sent == len(frame):
-                subscriber.cursor = sequence + 1
+                subscriber.cursor = after
             else:
                 failed.append(len(times) - 2)
                 if not subscriber.closed:
@@ -263,10 +257,7 @@ class StreamDelivery:
         roster.append(subscriber)
         self._accounts.accepted += 1
         ledger.accounts.subscribers += 1
-        subscriber.beat_ns = self._clock() + self._heartbeat_ns
-        self._beats.append(subscriber)
-        if self._beat is None:
-            self._beat = self._loop.call_later(self._heartbeat_ns / 1e9, self._beat_round)
+        self._heartbeats.add(subscriber)
         self._loop.add_reader(sock, self._readable, subscriber)
         self._enqueue(subscriber)
         return None
@@ -310,7 +301,7 @@ class StreamDelivery:
         if subscriber.idle:
             self._heartbeat(subscriber)
         if not subscriber.closed:
-            self._arm_at(subscriber, self._clock() + _PROBE_NS)
+            self._deadlines.set(subscriber, self._clock() + _PROBE_NS)
 
     def _write(self, subscriber: _Subscriber) -> Written | None:
         """One slice for one subscriber; None when its socket turned out to be dead."""
@@ -367,38 +358,7 @@ class StreamDelivery:
     def _arm(self, subscriber: _Subscriber) -> None:
         due = subscriber.due_ns()
         if due:
-            self._arm_at(subscriber, due)
-
-    def _arm_at(self, subscriber: _Subscriber, due_ns: int) -> None:
-        """One timer serves all sessions: the earliest of their deadlines sets it.
-
-        A session has one valid entry, its earliest; once that is reached, it says what is due next.
-        """
-        if subscriber.timer_ns and subscriber.timer_ns <= due_ns:
-            return
-        subscriber.timer_ns = due_ns
-        heappush(self._timers, (due_ns, id(subscriber), subscriber))
-        if self._timers[0][0] == due_ns:
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
-        if self._timers:
-            delay_ns = max(0, self._timers[0][0] - self._clock())
-            self._timer = self._loop.call_later(delay_ns / 1e9, self._deadlines)
-
-    def _deadlines(self) -> None:
-        now = self._clock()
-        for _ in range(_DEADLINES_A_TURN):
-            if not self._timers or self._timers[0][0] > now:
-                break
-            due, _, subscriber = heappop(self._timers)
-            if subscriber.timer_ns == due and not subscriber.closed:
-                subscriber.timer_ns = 0
-                self._deadline(subscriber, now)
-        self._set_timer()
+            self._deadlines.set(subscriber, due)
 
     def _deadline(self, subscriber: _Subscriber, now_ns: int) -> None:
         if subscriber.half_closed and subscriber.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -430,28 +390,12 @@ class StreamDelivery:
             self._refused(subscriber)
         else:
             self._accounts.heartbeats += 1
+            self._accounts.bytes_sent = self._feed.bytes_sent
 
-    def _beat_round(self) -> None:
-        """Heartbeats for whoever's turn it is, spread over the second as a matter of course: each sets its next."""
-        now = self._clock()
-        beats = self._beats
-        quiet = now - self._feed.newest_ns >= self._heartbeat_ns
-        for _ in range(_BEATS_A_TURN):
-            if not beats or beats[0].beat_ns > now:
-                break
-            subscriber = beats.popleft()
-            if subscriber.closed:
-                continue
-            subscriber.beat_ns = now + self._heartbeat_ns
-            beats.append(subscriber)
-            if subscriber.idle:
-                if quiet or not self._feed.newest_ns:
-                    self._heartbeat(subscriber)
-            elif subscriber.stalled_ns and now - subscriber.stalled_ns >= self._stall_timeout_ns:
-                self.stalled_closed += 1
-                self._end(subscriber)
-        self._beat = None
-        if beats:
-            spacing_ns = self._heartbeat_ns * _BEATS_A_TURN // len(beats)
-            delay_ns = min(self._heartbeat_ns, max(beats[0].beat_ns - now, spacing_ns))
-            self._beat = self._loop.call_later(delay_ns / 1e9, self._beat_round)
+    def _turn_to_beat(self, subscriber: _Subscriber, now_ns: int) -> None:
+        if subscriber.idle:
+            if now_ns - self._feed.newest_ns >= self._heartbeat_ns:
+                self._heartbeat(subscriber)
+        elif subscriber.stalled_ns and now_ns - subscriber.stalled_ns >= self._stall_timeout_ns:
+            self.stalled_closed += 1
+            self._end(subscriber)

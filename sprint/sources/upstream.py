@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 FIRST_PAUSE_NS = 250 * NS_PER_MS
 LAST_PAUSE_NS = 30 * NS_PER_S
 CONNECT_TIMEOUT_NS = 5 * NS_PER_S
-ANSWER_TIMEOUT_NS = 60 * NS_PER_S
-"""A getheaders unanswered for this long means a stalled peer; Core allows two minutes for a block."""
 MAX_ANNOUNCED_HEADERS = 8
 """BIP130: a node announces up to eight headers at once; more in one message are an answer."""
 MAX_UNSENT_BYTES = 1 << 20
@@ -87,7 +85,6 @@ class Upstream:
         self._unsent = bytearray()
         self._asked = 0
         """getheaders without an answer yet."""
-        self._asked_ns = 0
         self._synced = False
         """The answer to the first getheaders of this connection has come."""
 
@@ -192,8 +189,6 @@ class Upstream:
             self._connection.send(GetHeaders(locator))
         except LocalProtocolError as error:
             return self._end(now_ns, str(error))
-        if not self._asked:
-            self._asked_ns = now_ns
         self._asked += 1
         return self._flush(now_ns)
 
@@ -210,8 +205,6 @@ class Upstream:
         times = [self.retry_ns, self._connect_by_ns]
         if self._connection is not None:
             times.append(self._connection.deadline())
-            if self._asked:
-                times.append(self._asked_ns + ANSWER_TIMEOUT_NS)
         return min((time_ns for time_ns in times if time_ns is not None), default=None)
 
     def on_timer(self, now_ns: int) -> list[Heard]:
@@ -220,8 +213,6 @@ class Upstream:
             return self.drop(now_ns, f"no connection within {CONNECT_TIMEOUT_NS // NS_PER_S} s")
         if self._connection is None:
             return []
-        if self._asked and now_ns - self._asked_ns >= ANSWER_TIMEOUT_NS:
-            return self._end(now_ns, f"no answer to getheaders within {ANSWER_TIMEOUT_NS // NS_PER_S} s")
         was_ready = self.ready
         try:
             self._connection.on_timer(now_ns)
@@ -291,14 +282,13 @@ class Upstream:
         second time. Only the first answer of a connection can't be an announcement: it brings what we missed.
         """
         answer = self._asked > 0
-        if 0 < count <= MAX_ANNOUNCED_HEADERS and (self._synced or not answer):
+        if 0 < count <= MAX_ANNOUNCED_HEADERS and self._synced:
             for at in range(0, len(headers), HEADER_SIZE):
                 header = headers[at : at + HEADER_SIZE]
                 block_hash = double_sha256(header)
                 heard.append(self._sighting(Announcement.HEADERS, block_hash, header, seen_ns, validated=True))
-        if answer or count > MAX_ANNOUNCED_HEADERS:
+        if answer or count > MAX_ANNOUNCED_HEADERS or not self._synced:
             self._asked = max(0, self._asked - 1)
-            self._asked_ns = seen_ns
             self._synced = self._synced or count < MAX_HEADERS
             heard.append(HeaderRun(Source.P2P, self.name, headers, seen_ns, complete=count < MAX_HEADERS))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprint.bench.synthetic import mine
-from sprint.bitcoin.difficulty import header_time
-from sprint.bitcoin.networks import REGTEST
+from sprint.bitcoin.block import double_sha256, work_of
+from sprint.bitcoin.difficulty import header_time, required_bits
+from sprint.bitcoin.networks import MAIN, REGTEST, TESTNET3, TESTNET4, Network
 from sprint.chain import Accepted, HeaderChain, Reject, Reorg
 
 GENESIS_TIME = header_time(REGTEST.genesis_header)
@@ -46,7 +48,7 @@ class Model:
 @st.composite
 def trees(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
     """(header, hash) of a random tree on genesis; parents lean towards the newest, so that branches compete."""
-    count = draw(st.integers(1, 40))
+    count = draw(st.integers(1, 60))
     nodes = [(b"", REGTEST.genesis_hash, 0)]
     for number in range(count):
         parent = nodes[max(0, len(nodes) - draw(st.integers(1, 6)))]
@@ -58,7 +60,7 @@ def trees(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
     return [(header, block_hash) for header, block_hash, _ in nodes[1:]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(tree=trees(), data=st.data())
 def test_any_tree_in_any_order_gives_the_tip_and_the_reorganisations_of_the_model(
     tree: list[tuple[bytes, bytes]], data: st.DataObject
@@ -91,7 +93,7 @@ def test_any_tree_in_any_order_gives_the_tip_and_the_reorganisations_of_the_mode
     assert {tip.hash for tip in chain.tips()} == {node for node in model.parents if node not in parents}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tree=trees(), data=st.data())
 def test_branches_in_batches_give_the_same_tip_and_net_reorganisations(
     tree: list[tuple[bytes, bytes]], data: st.DataObject
@@ -121,7 +123,7 @@ def test_branches_in_batches_give_the_same_tip_and_net_reorganisations(
         assert result.best == (bool(new) and model.tip == new[-1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tree=trees(), data=st.data())
 def test_headers_restored_in_the_order_of_acceptance_give_the_same_chain(
     tree: list[tuple[bytes, bytes]], data: st.DataObject
@@ -138,3 +140,47 @@ def test_headers_restored_in_the_order_of_acceptance_give_the_same_chain(
     assert (restored.kept, restored.end, restored.rejection) == (len(tree), len(tree), None)
     assert again.tip_hash == chain.tip_hash
     assert again.tips() == chain.tips()
+
+
+@pytest.mark.parametrize("base", [MAIN, TESTNET3, TESTNET4], ids=lambda network: network.name)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_on_every_branch_exactly_the_bits_of_its_own_past_are_taken(base: Network, data: st.DataObject) -> None:
+    network = replace(
+        base,
+        genesis_header=REGTEST.genesis_header,
+        genesis_hash=REGTEST.genesis_hash,
+        pow_limit=REGTEST.pow_limit,
+        pow_limit_bits=REGTEST.pow_limit_bits,
+        interval=4,
+        target_timespan=2400,
+        bip34_height=0,
+        bip66_height=0,
+        bip65_height=0,
+    )
+    chain = HeaderChain(network)
+    paths = [[network.genesis_header]]
+    works = {network.genesis_hash: chain.tip_work}
+    tip = network.genesis_hash
+    for number in range(data.draw(st.integers(1, 24))):
+        path = paths[max(0, len(paths) - data.draw(st.integers(1, 3)))]
+        time = header_time(path[-1]) + data.draw(st.sampled_from([300, 500, 700, 1201, 1500]))
+        bits = required_bits(network, len(path), time, path.__getitem__)
+        parent = double_sha256(path[-1])
+        salt = number.to_bytes(32, "little")
+        if bits != network.pow_limit_bits:
+            assert chain.accept(mine(parent, salt, time, network.pow_limit_bits)[0], FAR) is Reject.BAD_BITS
+        header, block_hash = mine(parent, salt, time, bits)
+        works[block_hash] = works[parent] + work_of(bits)
+        if works[block_hash] > works[tip]:
+            tip = block_hash
+        outcome = chain.accept(header, FAR)
+        assert isinstance(outcome, Accepted)
+        assert (outcome.height, chain.work_of(block_hash)) == (len(path), works[block_hash])
+        assert (chain.tip_hash, chain.tip_work) == (tip, works[tip])
+        paths.append([*path, header])
+    for path in paths:
+        result = HeaderChain(network).extend(b"".join(path[1:]), FAR)
+        assert (result.accepted, result.rejection) == (len(path) - 1, None)
+        asked = chain.next_bits(double_sha256(path[-1]))
+        assert asked == required_bits(network, len(path), None, path.__getitem__)

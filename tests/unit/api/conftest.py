@@ -42,7 +42,7 @@ def facts_of(tier: Tier) -> dict[str, Any]:
             "active": False,
             "mode": None,
             "interfaces": [],
-            "reason": "not requested",
+            "reason": "ENABLE_KERNEL_BYPASS is false",
             "ingest": dict.fromkeys(("packets", "announcements", "mirrored", "express", "dropped", "opaqueFlows"), 0),
             "egress": dict.fromkeys(("subscribers", "sent", "dropped"), 0),
         },

@@ -1,0 +1,210 @@
+"""The command line: `sprint run | watch | status | doctor | demo | bench`.
+
+Exit codes: 0 done, 1 the machine or a peer refused (one line says what), 2 wrong usage or a bad configuration value
+(one line that names it).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sprint import __version__, config, logs
+from sprint.errors import ConfigError, SprintError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+app = typer.Typer(
+    name="sprint",
+    help="Hears of a new Bitcoin block first, proves it, and relays it to every subscriber.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+STATUS_TIMEOUT_S = 5
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Turn what was refused on purpose into one line and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"sprint: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except SprintError as error:
+        print(f"sprint: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        raise SystemExit(141) from None
+
+
+def _run_help() -> str:
+    lines = ["Run Sprint in the foreground until SIGINT or SIGTERM.", ""]
+    lines += ["Configured by the environment, then by .env in the working directory:", "", "\b"]
+    for variable in config.variables():
+        text = f"{variable.description} Default: {variable.default}."
+        lines += [variable.name, *textwrap.wrap(text, 74, initial_indent="    ", subsequent_indent="    ")]
+    return "\n".join(lines)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"sprint {__version__}")
+        raise SystemExit(0)
+
+
+@app.command(help=_run_help())
+def run() -> None:
+    """Run Sprint in the foreground."""
+    with _reporting():
+        loaded = config.load()
+        logs.configure(loaded.log_format)
+        from sprint.app import serve  # noqa: PLC0415 - the other commands need not wait for all of Sprint to load
+
+        serve(loaded)
+
+
+@app.command()
+def watch(
+    address: Annotated[str, typer.Argument(help="The stream's host:port. Default: STREAM_BIND.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON an event, no table.")] = False,
+    key: Annotated[str | None, typer.Option(help="The subscriber key; without one: the free tier.")] = None,
+    since: Annotated[
+        int | None, typer.Option(min=1, help="Replay from this sequence on, if it is still there.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many events.")] = None,
+) -> None:
+    """Subscribe to the stream and show each event as it comes."""
+    with _reporting():
+        from sprint.watch import watch as show  # noqa: PLC0415
+
+        show(address or str(config.load().stream_bind), as_json=as_json, key=key, since=since, count=count)
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Argument(help="The API's host:port. Default: API_BIND.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The API's answers as one JSON object.")] = False,
+) -> None:
+    """Ask a running Sprint how it is: exit code 0 when it is healthy, else 1."""
+    with _reporting():
+        base = f"http://{address or config.load().api_bind}/api"
+        answers = {name: _get(f"{base}/{name}") for name in ("health", "turbo-status", "sources", "blocks?limit=8")}
+        answers["blocks"] = answers.pop("blocks?limit=8")
+        if as_json:
+            print(json.dumps(answers, ensure_ascii=False, indent=2))
+        else:
+            _show_status(answers)
+        raise SystemExit(0 if answers["health"]["status"] == "ok" else 1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings.")] = False,
+) -> None:
+    """Examine what this host can do for Sprint, each finding with its remedy."""
+    with _reporting():
+        from sprint.doctor import as_dicts, examine  # noqa: PLC0415
+
+        checks = examine(config.load().upstreams)
+        if as_json:
+            print(json.dumps(as_dicts(checks), ensure_ascii=False, indent=2))
+            return
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for check in checks:
+            mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}[check.ok]
+            table.add_row(mark, check.name, check.found + (f"\n[yellow]{check.remedy}[/]" if check.remedy else ""))
+        Console().print(table)
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Relay a few blocks, print a summary, exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as one JSON object.")] = False,
+    blocks: Annotated[int, typer.Option(min=1, max=10_000, help="How many blocks --once mines.")] = 5,
+    subscribers: Annotated[int, typer.Option(min=1, max=64, help="How many subscribers, a process each.")] = 4,
+    interval: Annotated[float, typer.Option(min=0.01, max=600, help="Seconds from block to block.")] = 2.0,
+) -> None:
+    """Run the whole product on this machine: a regtest node that mines, Sprint, and subscribers that check."""
+    with _reporting():
+        from sprint.demo.stage import Plan, perform  # noqa: PLC0415
+
+        plan = Plan(once=once, as_json=as_json, blocks=blocks, subscribers=subscribers, interval_s=interval)
+        raise SystemExit(perform(plan))
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: wire.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Measure, beside others in the same run; progress goes to standard error."""
+    with _reporting():
+        from sprint.bench.run import BENCHMARKS, report  # noqa: PLC0415
+
+        if name not in BENCHMARKS:
+            print(f"sprint: no benchmark {name!r}: one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+            raise SystemExit(2)
+        report(name, as_json=as_json)
+
+
+def _get(url: str) -> Any:
+    try:
+        with urllib.request.urlopen(url, timeout=STATUS_TIMEOUT_S) as answer:  # noqa: S310 - always http
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 503:
+            return json.load(error)
+        raise SprintError(f"{url} answers {error.code}") from None
+    except (OSError, ValueError) as error:
+        raise SprintError(f"{url} can't be read: {error}") from None
+
+
+def _show_status(answers: dict[str, Any]) -> None:
+    console = Console()
+    health, bypass = answers["health"], answers["turbo-status"]["kernelBypass"]
+    console.print(f"{health['status']}: tier {health['tier']}, {health['network']}, engine {health['engine']}")
+    for problem in health.get("problems", []):
+        console.print(f"[red]{escape(problem)}[/]")
+    console.print(f"kernel bypass: {'active' if bypass['active'] else 'inactive: ' + str(bypass['reason'])}")
+    table = Table("source", "connected", "blocks", "first", "agent", box=None, pad_edge=False)
+    for source in answers["sources"]["sources"]:
+        values = (source["name"], source["connected"], source["sightings"], source["first"], source["agent"])
+        table.add_row(*(escape(str(value)) for value in values))
+    console.print(table)
+    for block in answers["blocks"]["blocks"]:
+        console.print(f"{block['height']} {block['hash']} {' '.join(block['state'])}")
+
+
+def main() -> None:
+    """Entry point of `sprint`."""
+    app(prog_name="sprint")
+
+
+def daemon() -> None:
+    """Entry point of `sprintd`: `sprint run` under the name that service managers look for."""
+    app(args=["run", *sys.argv[1:]], prog_name=Path(sys.argv[0]).name)
+
+
+if __name__ == "__main__":
+    main()
