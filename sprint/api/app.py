@@ -66,6 +66,9 @@ def create_app(status: StatusBlock) -> Flask:
     def sources() -> ResponseReturnValue:
         return views.sources(status)
 
+    def deliveries() -> ResponseReturnValue:
+        return views.deliveries(status)
+
     def index() -> ResponseReturnValue:
         return {
             "service": "Bitcoin Sprint",
@@ -79,6 +82,7 @@ def create_app(status: StatusBlock) -> Flask:
         "/api/health": (health, "200 when blocks can be relayed, else 503 with what is wrong."),
         "/api/blocks": (blocks, f"The newest blocks and who saw them when; ?limit=1..{BLOCKS}."),
         "/api/sources": (sources, "The upstreams: who is first, by how much, and what fails."),
+        "/api/deliveries": (deliveries, "What was delivered on time, late or not at all, by tier."),
     }
     for path, (view, _) in endpoints.items():
         app.add_url_rule(path, view_func=view)

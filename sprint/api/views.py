@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sprint.errors import RemoteProtocolError
 from sprint.events import Announcement, Source, State
 from sprint.record import MAGIC, decode, state_names
-from sprint.status import BLOCKS, MARKS
+from sprint.status import BLOCKS, MARKS, quantile_ns
 from sprint.tiers import NS_PER_S, NS_PER_US, Tier
 
 if TYPE_CHECKING:
-    from sprint.status import BlockRow, Mark, Peer, StatusBlock
+    from sprint.status import BlockRow, Delivery, HistogramData, Mark, Peer, StatusBlock, TierAccounts
 
 HEARTBEAT_LIMIT_NS = 3 * NS_PER_S
 """The relay turns at least once a second; three missed turns mean that it hangs or is gone."""
@@ -91,6 +91,43 @@ def _source(peer: Peer) -> dict[str, Any]:
         "bytes_received": int(peer.bytes_received),
         "last_error": _text(peer.last_error) or None,
     }
+
+
+def deliveries(status: StatusBlock) -> dict[str, Any]:
+    """What each delivery did for the subscribers of each tier."""
+    return {"deliveries": [_delivery(delivery) for delivery in status.deliveries()]}
+
+
+def _delivery(delivery: Delivery) -> dict[str, Any]:
+    return {
+        "name": _text(delivery.name),
+        **{name: int(getattr(delivery, name)) for name in ("accepted", "refused", "disconnected", "heartbeats")},
+        "bytes_sent": int(delivery.bytes_sent),
+        "processing_p50_us": _quantile_us(delivery.processing, 0.5),
+        "processing_p99_us": _quantile_us(delivery.processing, 0.99),
+        "tiers": {tier.label: _tier_accounts(delivery.tiers[tier]) for tier in Tier},
+    }
+
+
+TIER_COUNTERS = (
+    *("subscribers", "on_time", "late", "dropped", "overwritten", "replayed", "lost_notices", "over_target"),
+    *("buffer_used", "buffer_used_max"),
+)
+
+
+def _tier_accounts(accounts: TierAccounts) -> dict[str, Any]:
+    return {
+        **{name: int(getattr(accounts, name)) for name in TIER_COUNTERS},
+        "relay_p50_us": _quantile_us(accounts.relay_latency, 0.5),
+        "relay_p99_us": _quantile_us(accounts.relay_latency, 0.99),
+        "write_p50_us": _quantile_us(accounts.write_time, 0.5),
+        "write_p99_us": _quantile_us(accounts.write_time, 0.99),
+    }
+
+
+def _quantile_us(data: HistogramData, share: float) -> float | None:
+    ns = quantile_ns(data, share)
+    return None if ns is None else ns / NS_PER_US
 
 
 def blocks(status: StatusBlock, limit: int) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Sprint itself as the demo runs it: the real command in a process of its own, configured by its environment."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from typing import Any
+
+from sprint.errors import HostError
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+_PR_SET_PDEATHSIG = 1
+_LOG_LINES = 40
+
+
+class RelayProcess:
+    """`sprint run` as a child; its log is read, and it ends with us."""
+
+    def __init__(self, settings: dict[str, str]) -> None:
+        """`settings` go on top of our own environment."""
+        libc = ctypes.CDLL(None)
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+        self.log: deque[str] = deque(maxlen=_LOG_LINES)
+        self._listening: dict[str, Any] | None = None
+        self._changed = threading.Condition()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sprint", "run"],
+            env={**os.environ, **settings, "LOG_FORMAT": "json"},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - no thread of ours holds a lock yet
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def wait_until_healthy(self) -> tuple[str, str]:
+        """The addresses of the API and of the stream, once blocks can be relayed. Raises HostError with the log."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with self._changed:
+            while self._listening is None and self._process.poll() is None and time.monotonic() < deadline:
+                self._changed.wait(0.1)
+        while self._listening is not None and self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                if self.ask("health")["status"] == "ok":
+                    return str(self._listening["api"]), str(self._listening["stream"])
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.02)
+        raise HostError("Sprint did not become healthy; the end of its log:\n" + "\n".join(self.log))
+
+    def ask(self, name: str) -> Any:
+        """One answer of the API, a 503's included."""
+        assert self._listening is not None
+        try:
+            with urllib.request.urlopen(f"http://{self._listening['api']}/api/{name}", timeout=5) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+
+    def stop(self) -> None:
+        """End it in good order, or else by force."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._reader.join(STOP_TIMEOUT_S)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = {"event": line.rstrip()}
+            self.log.append(f"{entry.pop('timestamp', '')} {entry.pop('event', '')} {entry or ''}".strip())
+            if "Listening" in line and "stream" in entry:
+                with self._changed:
+                    self._listening = entry
+                    self._changed.notify_all()

@@ -1,0 +1,92 @@
+"""One subscriber of the demo: a process of its own, which checks every hash against what the node says it mined."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sprint.client import Subscribed, events
+from sprint.events import Event
+from sprint.record import Record
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection as Pipe
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The stream has accepted the subscriber."""
+
+    tier: str
+    write_deadline: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A proven block came that the node has mined."""
+
+    hash: bytes
+    after_seen_ns: int
+    """First sighting by Sprint → this process has the record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Any record came: what the view shows of it."""
+
+    record: Record
+
+
+class _Checker:
+    """Matches what came with what was mined, whichever is known first."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._mined: set[bytes] = set()
+        self._came: dict[bytes, int] = {}
+
+    def mined(self, hashes: list[bytes]) -> None:
+        with self._lock:
+            self._mined.update(hashes)
+            for block_hash in hashes:
+                self._match(block_hash)
+
+    def came(self, block_hash: bytes, after_seen_ns: int) -> None:
+        with self._lock:
+            self._came[block_hash] = after_seen_ns
+            self._match(block_hash)
+
+    def _match(self, block_hash: bytes) -> None:
+        if block_hash in self._mined and block_hash in self._came:
+            self._mined.discard(block_hash)
+            self._pipe.send(Delivered(block_hash, self._came.pop(block_hash)))
+
+
+def run_subscriber(pipe: Pipe, address: str, *, tell_all: bool) -> None:
+    """Subscribe and report by `pipe`, which brings the hashes mined; ends when its other end is closed.
+
+    `tell_all`: report every record too, for the view.
+    """
+    checker = _Checker(pipe)
+
+    def listen() -> None:
+        try:
+            while True:
+                checker.mined(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the demo has ended; the main thread waits for a socket
+
+    threading.Thread(target=listen, daemon=True).start()
+    for item in events(address):
+        now_ns = time.monotonic_ns()
+        if isinstance(item, Subscribed):
+            pipe.send(Ready(item.tier, item.write_deadline))
+        elif isinstance(item, Record):
+            if item.event is Event.PROVEN:
+                checker.came(item.hash, now_ns - item.seen_ns)
+            if tell_all:
+                pipe.send(Received(item))
