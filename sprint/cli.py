@@ -58,7 +58,7 @@ def _reporting() -> Iterator[None]:
 
 
 def _run_help() -> str:
-    lines = ["Run Sprint in the foreground until SIGINT or SIGTERM.", ""]
+    lines = ["Run Sprint until SIGINT or SIGTERM.", ""]
     lines += ["Configured by the environment, then by .env in the working directory:", "", "\b"]
     for variable in config.variables():
         text = f"{variable.description} Default: {variable.default}."
@@ -94,7 +94,7 @@ def watch(
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="End after so many events.")] = None,
 ) -> None:
-    """Subscribe to the stream and show each event as it comes."""
+    """Subscribe to the stream and show each event."""
     with _reporting():
         from sprint.watch import watch as show  # noqa: PLC0415
 
@@ -106,7 +106,10 @@ def status(
     address: Annotated[str, typer.Argument(help="The API's host:port. Default: API_BIND.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="The API's answers as one JSON object.")] = False,
 ) -> None:
-    """Ask a running Sprint how it is: exit code 0 when it is healthy, else 1."""
+    """Ask a running Sprint how it is.
+
+    Exit code 0 when it is healthy, else 1.
+    """
     with _reporting():
         base = f"http://{address or config.load().api_bind}/api"
         answers = {name: _get(f"{base}/{name}") for name in ("health", "turbo-status", "sources", "blocks?limit=8")}
@@ -122,7 +125,7 @@ def status(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings.")] = False,
 ) -> None:
-    """Examine what this host can do for Sprint, each finding with its remedy."""
+    """Examine what this host can do, and the remedies."""
     with _reporting():
         from sprint.doctor import as_dicts, examine  # noqa: PLC0415
 
@@ -145,7 +148,10 @@ def demo(
     subscribers: Annotated[int, typer.Option(min=1, max=64, help="How many subscribers, a process each.")] = 4,
     interval: Annotated[float, typer.Option(min=0.01, max=600, help="Seconds from block to block.")] = 2.0,
 ) -> None:
-    """Run the whole product on this machine: a regtest node that mines, Sprint, and subscribers that check."""
+    """Run the whole product on a regtest node of its own.
+
+    A node that mines, Sprint, and subscribers that check every hash, each a process of its own.
+    """
     with _reporting():
         from sprint.demo.stage import Plan, perform  # noqa: PLC0415
 
@@ -158,7 +164,10 @@ def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark: wire.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
-    """Measure, beside others in the same run; progress goes to standard error."""
+    """Measure, beside others in the same run.
+
+    Progress goes to standard error.
+    """
     with _reporting():
         from sprint.bench.run import BENCHMARKS, report  # noqa: PLC0415
 

@@ -94,7 +94,7 @@ class Framer:
             self._frame(data, frames)
         except RemoteProtocolError as violation:
             self.violation = violation
-            self._body = bytearray()
+            self._body.clear()
             if not frames:
                 raise
         return frames
@@ -165,8 +165,7 @@ class Framer:
         self._body += memoryview(data)[at : at + step]
         if len(self._body) == length:
             payload = bytes(self._body)
-            # A new one, not a cleared one: a connection that once carried a block gives its 4 MB back.
-            self._body = bytearray()
+            self._body.clear()
             self._awaited = None
             if double_sha256(payload)[:4] == checksum:
                 self.counters.messages += 1

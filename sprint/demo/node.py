@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,7 @@ def run_node(pipe: Pipe, initial_blocks: int) -> None:
 
     Ends when the other end of the pipe is closed.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo's first process
     asyncio.run(_run(pipe, initial_blocks))
 
 

@@ -42,6 +42,7 @@ class RelayProcess:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the demo, which ends us in good order
             preexec_fn=die_with_parent,  # noqa: PLW1509 - no thread of ours holds a lock yet
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)

@@ -181,8 +181,7 @@ def perform(plan: Plan) -> int:
         else:
             _mine_on(stage, plan)
         summary = stage.summary()
-    if plan.once:
-        print(json.dumps(summary, ensure_ascii=False) if plan.as_json else _in_words(summary))
+    print(json.dumps(summary, ensure_ascii=False) if plan.as_json else _in_words(summary))
     return 0 if summary["delivered"] == summary["blocks"] * summary["subscribers"] else 1
 
 

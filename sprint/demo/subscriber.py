@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def run_subscriber(pipe: Pipe, address: str, *, tell_all: bool) -> None:
 
     `tell_all`: report every record too, for the view.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo's first process
     checker = _Checker(pipe)
 
     def listen() -> None:

@@ -197,13 +197,22 @@ def test_arguments_arrive_as_they_were_quoted(project: Project) -> None:
 
 
 def test_the_command_takes_the_scripts_place_so_that_signals_arrive(project: Project) -> None:
-    with subprocess.Popen(
-        project.command("sprint", "wait"), env=project.env(), stdout=subprocess.PIPE, text=True
-    ) as process:
+    process = subprocess.Popen(
+        project.command("sprint", "wait"),
+        env=project.env(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
         assert process.stdout is not None
         assert int(process.stdout.readline().split()[0]) == process.pid
         process.terminate()
         assert process.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_the_working_directory_of_sprint_is_the_callers(project: Project) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sprint.bitcoin.block import (
+    WITNESS_COMMITMENT_PREFIX,
     Header,
     Transaction,
     decode_compact_target,
@@ -103,6 +104,30 @@ def test_a_coinbase_that_commits_but_has_no_reserved_value_is_refused() -> None:
     stripped = parse_transaction(coinbase.raw[:4] + coinbase.raw[6 : coinbase.body_end] + coinbase.raw[-4:])
     assert stripped.txid == coinbase.txid
     assert not witness_commitment_matches([stripped])
+
+
+def committing_coinbase(commitments: list[bytes], reserved: list[bytes]) -> Transaction:
+    """A coinbase with one output for each commitment, and that witness."""
+    outputs = b"".join(bytes(8) + b"\x26" + WITNESS_COMMITMENT_PREFIX + commitment for commitment in commitments)
+    stack = b"".join(bytes((len(item),)) + item for item in reserved)
+    return parse_transaction(
+        bytes.fromhex("02000000000101" + "00" * 32 + "ffffffff025151ffffffff")
+        + bytes((len(commitments),)) + outputs + bytes((len(reserved),)) + stack + bytes(4)
+    )  # fmt: skip
+
+
+def test_of_several_commitments_the_last_counts() -> None:
+    spend = parse_block(SEGWIT_BLOCK)[1][1]
+    right = double_sha256(merkle_root([bytes(32), spend.wtxid])[0] + bytes(32))
+    assert witness_commitment_matches([committing_coinbase([bytes(32), right], [bytes(32)]), spend])
+    assert not witness_commitment_matches([committing_coinbase([right, bytes(32)], [bytes(32)]), spend])
+
+
+@pytest.mark.parametrize("reserved", [[bytes(31)], [bytes(33)], [bytes(32), b""], [b""]])
+def test_the_reserved_value_must_be_one_item_of_32_bytes(reserved: list[bytes]) -> None:
+    spend = parse_block(SEGWIT_BLOCK)[1][1]
+    right = double_sha256(merkle_root([bytes(32), spend.wtxid])[0] + reserved[0])
+    assert not witness_commitment_matches([committing_coinbase([right], reserved), spend])
 
 
 def test_a_block_without_transactions_commits_to_nothing() -> None:

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sprint.bitcoin.block import Header
 from sprint.bitcoin.codec import Message, encode_compact_size
@@ -27,7 +23,6 @@ from sprint.bitcoin.messages import (
     MESSAGES,
     MSG_BLOCK,
     Block,
-    FeeFilter,
     GetHeaders,
     Headers,
     Inv,
@@ -384,70 +379,6 @@ def test_bad_checksums_unknown_types_and_malformed_bodies_are_counted_and_the_co
     counters = connection.counters
     assert (counters.bad_checksum, counters.unknown_type, counters.over_bound) == (1, 1, 1)
     assert (counters.malformed, counters.unexpected, counters.skipped) == (4, 0, 7)
-
-
-conversation = st.lists(
-    st.sampled_from(
-        [
-            frame(Ping(7)),
-            frame(Pong(8)),
-            frame(FeeFilter(1_000)),
-            frame(SendCmpct(True)),
-            frame(Verack()),
-            frame(Headers(bytes(160))),
-            frame(Inv(((MSG_BLOCK, b"b" * 32), (1, b"t" * 32)))),
-            frame(GetHeaders((b"l" * 32,))),
-            encode_frame(NETWORK.magic, "cmpctblock", RAW_COMPACT),
-            encode_frame(NETWORK.magic, "cmpctblock", RAW_COMPACT[:90]),
-            encode_frame(NETWORK.magic, "addr", bytes(31)),
-            frame(Ping(7))[:20] + bytes(12),
-            frame(WtxidRelay()),
-            bytes(24),
-        ]
-    ),
-    max_size=8,
-).map(b"".join)
-
-
-def heard(data: bytes, cuts: list[int]) -> tuple[list[ConnectionEvent], str, bytes, object]:
-    """Events, violation, answers and counters of a whole connection whose bytes are cut at those places."""
-    connection = connect()
-    events: list[ConnectionEvent] = []
-    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    ended = ""
-    for start, end in pairwise(edges):
-        if connection.phase is Phase.CLOSED:
-            break
-        try:
-            events += connection.receive_data(data[start:end], NOW)
-        except PeerViolation as violation:
-            events += violation.events
-            ended = str(violation)
-    # What follows a violation in the same bytes may have been framed, and counted, before the violation was found.
-    return events, ended, connection.data_to_send(), None if ended else connection.counters
-
-
-@given(conversation, st.lists(st.integers(0, 5_000), max_size=12))
-def test_any_cut_of_a_conversation_gives_the_same_events_and_answers(data: bytes, cuts: list[int]) -> None:
-    data = frames(PEER_VERSION, WtxidRelay(), Verack()) + data
-    assert heard(data, cuts) == heard(data, [])
-
-
-@given(conversation)
-def test_a_conversation_byte_by_byte_gives_the_same_events_and_answers(data: bytes) -> None:
-    data = frames(PEER_VERSION, WtxidRelay(), Verack()) + data
-    assert heard(data, list(range(len(data)))) == heard(data, [])
-
-
-@given(st.lists(st.tuples(st.sampled_from(sorted(MESSAGES)), st.binary(max_size=120)), max_size=10), st.booleans())
-def test_sound_frames_of_any_content_never_raise_anything_but_a_violation(
-    messages: list[tuple[str, bytes]], after_handshake: bool
-) -> None:
-    connection = ready()[0] if after_handshake else connect()
-    for command, payload in messages:
-        if connection.phase is not Phase.CLOSED:
-            with suppress(PeerViolation):
-                connection.receive_data(encode_frame(NETWORK.magic, command, payload), NOW)
 
 
 def test_the_table_names_known_messages_and_says_what_each_does() -> None:

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sprint.deliveries.ledger import SortedHistogram, TierLedger
+from sprint.status import Histogram, HistogramData, StatusBlock
+from sprint.tiers import PROFILES, Tier
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-1000, 1 << 40), max_size=200))
+def test_counting_many_at_once_is_counting_them_one_by_one(latencies: list[int]) -> None:
+    at_once, one_by_one = HistogramData(), HistogramData()
+    SortedHistogram(at_once).record_sorted(sorted(latencies))
+    for latency in latencies:
+        Histogram(one_by_one).record(latency)
+    assert bytes(at_once) == bytes(one_by_one)
+
+
+def test_a_run_of_sends_is_on_time_or_late_by_each_one_s_own_time() -> None:
+    accounts = StatusBlock.create(1, {}).delivery(0, "stream").tiers[Tier.TURBO]
+    ledger = TierLedger(accounts, PROFILES[Tier.TURBO], write_deadline_ns=100)
+    ledger.sent([1000, 1100, 1201, 1250, 9000], failed=[3], seen_ns=0)
+    assert (accounts.on_time, accounts.late) == (2, 1)
+    assert accounts.write_time.count == 3
+    assert accounts.relay_latency.count == 0
+
+
+def test_over_target_counts_what_came_later_than_the_tier_s_relay_target() -> None:
+    accounts = StatusBlock.create(1, {}).delivery(0, "stream").tiers[Tier.ENTERPRISE]
+    ledger = TierLedger(accounts, PROFILES[Tier.ENTERPRISE], write_deadline_ns=100)
+    target = PROFILES[Tier.ENTERPRISE].relay_target_ns
+    ledger.sent([50 + target - 1, 50 + target, 50 + target + 1], failed=[], seen_ns=50)
+    assert accounts.over_target == 1
+    assert accounts.relay_latency.count == 2
+    assert accounts.relay_latency.max_ns == target + 1
+
+
+def test_the_worst_backlog_is_kept() -> None:
+    accounts = StatusBlock.create(1, {}).delivery(0, "stream").tiers[0]
+    ledger = TierLedger(accounts, PROFILES[Tier.FREE], 1)
+    for records in (3, 7, 0):
+        ledger.backlog(records)
+    assert (accounts.buffer_used, accounts.buffer_used_max) == (0, 7)
