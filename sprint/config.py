@@ -5,6 +5,7 @@ Settings names every variable, once: the same table feeds the parser, `sprint ru
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from sprint.addresses import Address, parse_address
@@ -77,8 +79,6 @@ def _nodes(value: Any) -> tuple[str, ...]:
         raise ValueError(f"expected 1 to {MAX_UPSTREAMS} addresses, separated by commas")
     for node in nodes:
         parse_address(node, default_port=1)
-    if len(set(nodes)) < len(nodes):
-        raise ValueError("expected each address once")
     return nodes
 
 
@@ -86,10 +86,21 @@ def _bind(value: Any) -> Address:
     return parse_address(str(value), lowest_port=0)
 
 
+def _data_dir(value: Any) -> Path:
+    text = str(value)
+    if "\0" in text or "$" in text:
+        raise ValueError("expected a folder's path; variables in it are not replaced")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("expected a folder's path; there is no home directory for ~") from None
+
+
 def _log_format(value: Any) -> str:
-    if str(value) not in ("text", "json"):
+    name = str(value).strip().lower()
+    if name not in ("text", "json"):
         raise ValueError("expected text or json")
-    return str(value)
+    return name
 
 
 def _per_tier(name: str) -> str:
@@ -147,7 +158,7 @@ class Settings(BaseModel):
     stream_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
         Address("127.0.0.1", 8434), description="Where stream subscribers connect.", examples=["127.0.0.1:8434"]
     )
-    data_dir: Path | None = Field(
+    data_dir: Annotated[Path, BeforeValidator(_data_dir)] | None = Field(
         None,
         description="Where headers are kept.",
         examples=["/var/lib/sprint as root, else $XDG_DATA_HOME/sprint"],
@@ -201,7 +212,7 @@ class Config:
         return self.profile.tier
 
     def write_deadlines_ns(self) -> dict[Tier, int]:
-        """The write deadline of each tier that this instance can serve."""
+        """The write deadline of each tier: the instance's own as configured, the others as the guide has them."""
         deadlines = {tier: profile.write_deadline_ns for tier, profile in PROFILES.items()}
         deadlines[self.tier] = self.write_deadline_ns
         return deadlines
@@ -210,7 +221,7 @@ class Config:
 def load(environ: dict[str, str] | None = None, directory: Path | None = None) -> Config:
     """Read the configuration. Raises ConfigError, one line that names the variable, at the first bad value."""
     environ = dict(os.environ) if environ is None else environ
-    from_file = _read_env_file((directory or Path()) / ENV_FILE)
+    from_file, warnings = _read_env_file((directory or Path()) / ENV_FILE)
     raw = {name: value for name, value in _known(from_file).items() if value}
     raw |= {name: value for name, value in _known(environ).items() if value}
     try:
@@ -221,16 +232,19 @@ def load(environ: dict[str, str] | None = None, directory: Path | None = None) -
         message = str(first["msg"]).removeprefix("Value error, ")
         raise ConfigError(field.upper(), _shown(raw.get(field, "")), message) from None
     names = {name.upper() for name in Settings.model_fields}
-    unknown = tuple(
-        f"{ENV_FILE}: {name} is not a variable of Sprint" for name in from_file if name.upper() not in names
+    unknown = (
+        f"{ENV_FILE}: {_shown(name)} is not a variable of Sprint" for name in from_file if name.upper() not in names
     )
-    return _resolve(settings, environ, unknown)
+    return _resolve(settings, environ, (*warnings, *unknown))
 
 
 def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, ...]) -> Config:
     profile = PROFILES[settings.tier]
     network = NETWORKS[settings.network]
     nodes = settings.bitcoin_node or ("127.0.0.1",)
+    upstreams = tuple(parse_address(node, default_port=network.port) for node in nodes)
+    if len(set(upstreams)) < len(upstreams):  # as a:8333 and a are on main
+        raise ConfigError("BITCOIN_NODE", _shown(",".join(nodes)), "expected each address once")
 
     def switch(value: bool | None) -> bool:
         return profile.memory_engine if value is None else value
@@ -245,7 +259,7 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
         write_deadline_ns=settings.write_deadline or profile.write_deadline_ns,
         ring_slots=settings.block_buffer_size or profile.ring_slots,
         network=network,
-        upstreams=tuple(parse_address(node, default_port=network.port) for node in nodes),
+        upstreams=upstreams,
         api_bind=settings.api_bind,
         stream_bind=settings.stream_bind,
         data_dir=settings.data_dir or _default_data_dir(environ),
@@ -255,7 +269,8 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
 
 
 def _known(values: dict[str, str]) -> dict[str, str]:
-    return {name.lower(): value for name, value in values.items() if name.lower() in Settings.model_fields}
+    spelt = sorted(values.items(), key=lambda item: item[0].isupper())  # TIER counts before tier
+    return {name.lower(): value for name, value in spelt if name.lower() in Settings.model_fields}
 
 
 def _shown(value: str) -> str:
@@ -263,19 +278,37 @@ def _shown(value: str) -> str:
     return printable + ("…" if len(value) > len(printable) else "")
 
 
-def _read_env_file(path: Path) -> dict[str, str]:
+def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The file's names and values, and a warning for each line that is neither; both empty where there is no file."""
     try:
-        if path.stat().st_size > MAX_ENV_FILE_SIZE:
-            raise ConfigError(ENV_FILE, path, f"expected at most {MAX_ENV_FILE_SIZE} bytes")
-        return {name: value or "" for name, value in dotenv_values(path).items()}
+        with path.open("rb") as file:
+            content = file.read(MAX_ENV_FILE_SIZE + 1)
     except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(ENV_FILE, path, f"can't be read: {error}") from None
+        return {}, []
+    except OSError as error:
+        raise ConfigError(ENV_FILE, path, f"can't be read: {error.strerror}") from None
+    if len(content) > MAX_ENV_FILE_SIZE:
+        raise ConfigError(ENV_FILE, path, f"expected at most {MAX_ENV_FILE_SIZE} bytes")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(ENV_FILE, path, f"expected UTF-8 text, which byte {error.start} is not") from None
+    lines = list(parse_stream(io.StringIO(text)))
+    broken = [line.original.line for line in lines if line.error]
+    readable = "".join(line.original.string for line in lines if not line.error)
+    # Without interpolation: ${A}${A} could make gigabytes of a small file.
+    values = dotenv_values(stream=io.StringIO(readable), interpolate=False)
+    warnings = [f"{ENV_FILE}: line {number} can't be read: expected NAME=value" for number in broken]
+    return {name: value or "" for name, value in values.items()}, warnings
 
 
 def _default_data_dir(environ: dict[str, str]) -> Path:
     if os.geteuid() == 0:
         return Path("/var/lib/sprint")
-    home = environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(home) / "sprint"
+    home = environ.get("XDG_DATA_HOME", "")
+    if os.path.isabs(home):  # the XDG specification has relative ones ignored
+        return Path(home) / "sprint"
+    try:
+        return Path.home() / ".local" / "share" / "sprint"
+    except RuntimeError:
+        raise ConfigError("DATA_DIR", "", "expected a folder's path, as this user has no home directory") from None

@@ -93,7 +93,7 @@ def heartbeat_frame(heartbeat: Heartbeat, form: Format) -> bytes:
             "event": "heartbeat",
             "session": f"{heartbeat.session:016x}",
             "seq": heartbeat.sequence,
-            "time": heartbeat.wall_ns / 1e9,
+            "time": heartbeat.wall_ns / 1_000_000_000,
         }
     )
 

@@ -91,8 +91,22 @@ class HeaderFile:
 
         `progress` is told headers done and headers in all. Raises HostError if the file can't be read.
         """
+        return self._load(chain, 0, progress)
+
+    def follow(self, chain: HeaderChain) -> int:
+        """As load_into, but only what a process that was forked with this open file has appended since."""
+        first = (self._size - _PREAMBLE.size) // HEADER_SIZE
+        try:
+            size = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise HostError(f"header file {self.path}: can't be read: {error.strerror}") from error
+        self._size = max(self._size, self._at((size - _PREAMBLE.size) // HEADER_SIZE))
+        return self._load(chain, first, None)
+
+    def _load(self, chain: HeaderChain, first: int, progress: Callable[[int, int], None] | None) -> int:
         total = (self._size - _PREAMBLE.size) // HEADER_SIZE
-        done = useful = kept = 0
+        done = useful = first
+        kept = 0
         try:
             while done < total:
                 data = os.pread(self._fd, min(_READ_HEADERS, total - done) * HEADER_SIZE, self._at(done))

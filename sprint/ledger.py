@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sprint.chain import Reject
 from sprint.events import Event, State
 from sprint.relay import Outcome
-from sprint.status import BLOCKS, MARKS, Histogram, writing
+from sprint.status import BLOCKS, MARKS, PEERS, Histogram, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,6 +35,7 @@ class _Sightings:
 
     marks: list[Sighting] = field(default_factory=list)
     peers: set[str] = field(default_factory=set)
+    count: int = 0
     row: BlockRow | None = None
     number: int = 0
 
@@ -83,13 +84,17 @@ class Ledger:
         """Take in what the relay made of each sighting."""
         relay = self._relay
         for decision in journal:
-            relay.sightings += 1
+            relay.sightings += not decision.repeated
             if decision.outcome is Outcome.REJECTED and decision.reason is not None:
                 relay.rejected[REJECT_INDEX[decision.reason]] += 1
+            elif decision.repeated:
                 continue
-            if decision.outcome is Outcome.DUPLICATE:
+            elif decision.outcome is Outcome.DUPLICATE:
                 relay.duplicates += 1
-            self._mark(decision.sighting)
+                if decision.sighting.hash in self._seen:  # else older than our books: nobody was first with it
+                    self._mark(decision.sighting)
+            else:
+                self._mark(decision.sighting)
 
     def state_of(self, relay: Relay, now_ns: int) -> None:
         """The gauges: called at each turn of the relay's loop that did something, and each second."""
@@ -102,12 +107,9 @@ class Ledger:
             section.rejected[REJECT_INDEX[reason]] += count
 
     def _mark(self, sighting: Sighting) -> None:
-        seen = self._seen.get(sighting.hash)
-        if seen is None:
-            seen = self._seen[sighting.hash] = _Sightings()
-            if len(self._seen) > MAX_UNPROVEN + BLOCKS:
-                self._seen.popitem(last=False)
-        if sighting.peer not in seen.peers and len(seen.peers) < MARKS:
+        seen = self._sightings_of(sighting.hash)
+        seen.count += 1
+        if sighting.peer not in seen.peers and len(seen.peers) < PEERS:
             self._account(sighting, seen)
             seen.peers.add(sighting.peer)
         if len(seen.marks) < MARKS:
@@ -116,7 +118,15 @@ class Ledger:
                 with writing(seen.row):
                     self._write_mark(seen.row, len(seen.marks) - 1, sighting)
         if seen.row is not None and self._owns(seen):
-            seen.row.sightings += 1
+            seen.row.sightings = seen.count
+
+    def _sightings_of(self, block_hash: bytes) -> _Sightings:
+        seen = self._seen.get(block_hash)
+        if seen is None:
+            seen = self._seen[block_hash] = _Sightings()
+            if len(self._seen) > MAX_UNPROVEN + BLOCKS:
+                self._seen.popitem(last=False)
+        return seen
 
     def _account(self, sighting: Sighting, seen: _Sightings) -> None:
         """The lead of whoever was first, and how far behind the others came; a peer's repetitions don't count."""
@@ -138,7 +148,7 @@ class Ledger:
             leader.leads += 1
 
     def _open_row(self, block: Block, record: bytes | None, published_ns: int) -> None:
-        seen = self._seen.setdefault(block.hash, _Sightings())
+        seen = self._sightings_of(block.hash)
         seen.number = self._status.layout.block_count
         seen.row = row = self._status.next_block_row()
         with writing(row):
@@ -147,7 +157,7 @@ class Ledger:
             row.state = block.state
             row.first_seen_ns = block.seen_ns
             row.proven_ns = row.published_ns = published_ns
-            row.sightings = len(seen.marks)
+            row.sightings = seen.count
             for index, sighting in enumerate(seen.marks):
                 self._write_mark(row, index, sighting)
 

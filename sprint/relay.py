@@ -26,6 +26,8 @@ from sprint.tiers import NS_PER_MS, NS_PER_S
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from sprint.record import Record
+
 RECENT_BLOCKS = 4_096
 """Blocks whose state is remembered: a month of main. A hash older than that is known from the chain alone."""
 MAX_HELD = 128
@@ -37,6 +39,8 @@ FIRST_CHECK_NS = 5 * NS_PER_MS
 LAST_CHECK_NS = 5 * NS_PER_S
 CHECKS = 120
 """How often we ask whether an upstream has connected a block: with doubling pauses of up to 5 s, for ten minutes."""
+MAX_CHECKS = 64
+"""Blocks asked about at a time; the oldest make room, and are still validated together with a descendant."""
 
 
 class Outcome(IntEnum):
@@ -57,6 +61,8 @@ class Decision:
     sighting: Sighting
     outcome: Outcome
     reason: Reject | None = None
+    repeated: bool = False
+    """An earlier line was about the same sighting: it had been held, or its hash asked about."""
 
 
 @dataclass(slots=True)
@@ -64,6 +70,8 @@ class _Known:
     hash: bytes
     header: bytes
     height: int
+    next_bits: int
+    median_time_past: int
     state: State
     source: Source
     peer: str
@@ -131,6 +139,30 @@ class Relay:
         """Sightings that wait for their parent or their time."""
         return len(self._held)
 
+    def resume(self, records: Iterable[Record], now_ns: int, *, caught_up: bool) -> None:
+        """Take up where a relay that died has left off, by the records of its ring, oldest first.
+
+        What stands there has been published and won't be again; its headers may not have reached the header file yet.
+        """
+        for record in records:
+            self.chain.restore(record.header)
+            known = self._known.get(record.hash)
+            if known is None:
+                known = _Known(
+                    record.hash, record.header, record.height, record.state, record.source, "",
+                    record.transactions, record.size, record.seen_ns,
+                )  # fmt: skip
+                self._remember(known)
+            known.state = record.state
+        for known in self._known.values():
+            if self.chain.is_best(known.hash):
+                known.state |= State.BEST
+            else:
+                known.state &= ~State.BEST
+            if known.state & State.BEST and not known.state & State.VALIDATED:
+                self._checks[known.hash] = _Check("", known.header[4:36], now_ns + FIRST_CHECK_NS)
+        self.sync.caught_up = caught_up
+
     # What comes in.
 
     def peer_ready(self, ready: PeerReady, now_ns: int) -> None:
@@ -141,18 +173,18 @@ class Relay:
         """A peer can no longer be asked."""
         self.sync.peer_gone(gone, now_ns)
 
-    def offer(self, sighting: Sighting, now_ns: int, wall_ns: int) -> Sequence[Block]:
-        """One peer's announcement of one block."""
+    def offer(self, sighting: Sighting, now_ns: int, wall_ns: int, *, repeated: bool = False) -> Sequence[Block]:
+        """One peer's announcement of one block; `repeated` if it was offered before, and held."""
         known = self._known.get(sighting.hash)
         if known is not None:
-            self._journal.append(Decision(sighting, Outcome.DUPLICATE))
+            self._journal.append(Decision(sighting, Outcome.DUPLICATE, None, repeated))
             if sighting.validated and not known.state & State.VALIDATED:
                 return self._validate(known, wall_ns)
             return ()
         if not self.sync.caught_up:
             if sighting.header is not None:
                 self._hold(sighting, now_ns + HELD_NS, 0)
-            self._journal.append(Decision(sighting, Outcome.SYNCING))
+            self._journal.append(Decision(sighting, Outcome.SYNCING, None, repeated))
             return ()
         header = sighting.header
         if header is None:
@@ -160,10 +192,13 @@ class Relay:
         result = self.chain.accept(header, wall_ns // NS_PER_S)
         if isinstance(result, Accepted):
             if result.duplicate:
-                self._journal.append(Decision(sighting, Outcome.DUPLICATE))
+                self._journal.append(Decision(sighting, Outcome.DUPLICATE, None, repeated))
                 return ()
+            self._journal.append(Decision(sighting, Outcome.FIRST, None, repeated))
             return self._publish(sighting, result, now_ns, wall_ns)
-        return self._refuse(sighting, result, now_ns, wall_ns)
+        held = self._refuse(sighting, result, now_ns, wall_ns)
+        self._journal.append(Decision(sighting, Outcome.HELD if held else Outcome.REJECTED, result, repeated))
+        return ()
 
     def offer_run(self, run: HeaderRun, now_ns: int, wall_ns: int) -> Sequence[Block]:
         """A peer's answer to a getheaders: headers of its best chain, which it has connected."""
@@ -182,9 +217,10 @@ class Relay:
             if last_hash is not None and (known := self._known.get(last_hash)) is not None:
                 blocks += self._validate(known, wall_ns)
         last_height = chain.height_of(last_hash) if last_hash is not None else None
-        if self.sync.answered(run, grew=last > first, last_height=last_height, now_ns=now_ns, wall_s=wall_s):
+        grew, refused = last > first, result.rejection is not None
+        if self.sync.answered(run, grew=grew, refused=refused, last_height=last_height, now_ns=now_ns, wall_s=wall_s):
             blocks += self._release(None, now_ns, wall_ns)
-        elif self._held and last > first:
+        elif self._held and grew:
             arrived = [run.headers[at + 4 : at + 36] for at in range(first + HEADER_SIZE, last, HEADER_SIZE)]
             blocks += self._release([*arrived, last_hash or b""], now_ns, wall_ns)
         return blocks
@@ -207,10 +243,10 @@ class Relay:
         blocks: list[Block] = []
         for block_hash, (sighting, until_ns, again_ns) in list(self._held.items()):
             if again_ns and now_ns >= again_ns:
-                del self._held[block_hash]
-                blocks += self.offer(sighting, now_ns, wall_ns)
+                if self._held.pop(block_hash, None) is not None:  # else it came with a block before it in this list
+                    blocks += self.offer(sighting, now_ns, wall_ns, repeated=True)
             elif now_ns >= until_ns:
-                del self._held[block_hash]
+                self._held.pop(block_hash, None)
         return blocks
 
     # How it is decided.
@@ -221,7 +257,7 @@ class Relay:
             return ()
         self._claim(sighting)
         self._journal.append(Decision(sighting, Outcome.ASKED))
-        self.sync.ask(sighting.peer, now_ns)
+        self.sync.ask(sighting.peer, now_ns, urgent=True)
         return ()
 
     def _claim(self, sighting: Sighting) -> None:
@@ -233,10 +269,14 @@ class Relay:
     def _prove_from(self, run: HeaderRun, header: bytes, reorg: Reorg | None, wall_ns: int) -> list[Block]:
         """PROVEN for a new header of an answer; what nobody had announced was found late, in a catch-up."""
         chain, block_hash = self.chain, double_sha256(header)
+        if (known := self._known.get(block_hash)) is not None:  # a side header that the chain had given up since
+            known.state |= State.BEST if chain.is_best(block_hash) else State(0)
+            return self._losers(reorg, wall_ns)
         height = chain.height_of(block_hash) or 0
         accepted = Accepted(block_hash, height, best=chain.is_best(block_hash), duplicate=False, reorg=reorg)
-        held = self._held.pop(block_hash, None)
-        first = held[0] if held else self._claims.pop(block_hash, None)
+        claim, held = self._claims.pop(block_hash, None), self._held.pop(block_hash, None)
+        told = None if held is None else held[0]
+        first = claim or told  # whoever only named it did so before anybody's header of it was held
         sighting = Sighting(
             run.source if first is None else first.source,
             run.peer if first is None else first.peer,
@@ -244,28 +284,26 @@ class Relay:
             block_hash,
             header,
             run.seen_ns if first is None else first.seen_ns,
-            0 if first is None else first.transactions,
-            0 if first is None else first.size,
+            0 if told is None else told.transactions,
+            0 if told is None else told.size,
         )
-        if first is None:
-            self._journal.append(Decision(sighting, Outcome.FIRST))
-        return self._prove(sighting, accepted, wall_ns, State.CATCHUP if first is None else State(0))
+        self._journal.append(Decision(sighting, Outcome.FIRST, None, first is not None))
+        return self._prove(sighting, accepted, wall_ns, State.CATCHUP if first is None else State(0))[1]
 
-    def _refuse(self, sighting: Sighting, reason: Reject, now_ns: int, wall_ns: int) -> Sequence[Block]:
+    def _refuse(self, sighting: Sighting, reason: Reject, now_ns: int, wall_ns: int) -> bool:
+        """Whether a sighting that the chain refuses is held for another try."""
         if reason is Reject.UNKNOWN_PARENT:
             self._hold(sighting, now_ns + HELD_NS, 0)
             self._claim(sighting)
-            self._journal.append(Decision(sighting, Outcome.HELD, reason))
-            self.sync.ask(sighting.peer, now_ns)
-        elif reason is Reject.TIME_TOO_NEW:
+            self.sync.ask(sighting.peer, now_ns, urgent=True)
+            return True
+        if reason is Reject.TIME_TOO_NEW:
             header = sighting.header or b""
             early_ns = (int.from_bytes(header[68:72], "little") - MAX_FUTURE_S) * NS_PER_S - wall_ns
             if early_ns < HELD_NS:
                 self._hold(sighting, now_ns + 2 * HELD_NS, now_ns + max(early_ns, 0) + NS_PER_S)
-            self._journal.append(Decision(sighting, Outcome.HELD, reason))
-        else:
-            self._journal.append(Decision(sighting, Outcome.REJECTED, reason))
-        return ()
+                return True
+        return False
 
     def _hold(self, sighting: Sighting, until_ns: int, again_ns: int) -> None:
         self._held.setdefault(sighting.hash, (sighting, until_ns, again_ns))
@@ -274,25 +312,24 @@ class Relay:
 
     def _publish(self, sighting: Sighting, accepted: Accepted, now_ns: int, wall_ns: int) -> Sequence[Block]:
         self._unsaved += sighting.header or b""
-        self._journal.append(Decision(sighting, Outcome.FIRST))
         first = self._claims.pop(sighting.hash, None) if self._claims else None
-        if first is not None and first.seen_ns < sighting.seen_ns:
+        if first is not None and first.seen_ns <= sighting.seen_ns:
             sighting = Sighting(
                 first.source, first.peer, first.announcement, sighting.hash, sighting.header, first.seen_ns,
-                sighting.transactions, sighting.size, sighting.validated,
+                sighting.transactions, sighting.size, sighting.validated or first.validated,
             )  # fmt: skip
-        blocks = self._prove(sighting, accepted, wall_ns, State(0))
-        known = self._known[sighting.hash]
+        known, blocks = self._prove(sighting, accepted, wall_ns, State(0))
         if sighting.validated:
             blocks += self._validate(known, wall_ns)
         else:
-            check = _Check(sighting.peer, known.header[4:36], now_ns + FIRST_CHECK_NS)
-            self._checks[sighting.hash] = check
+            self._checks[known.hash] = _Check(sighting.peer, known.header[4:36], now_ns + FIRST_CHECK_NS)
+            if len(self._checks) > MAX_CHECKS:
+                del self._checks[next(iter(self._checks))]
         if self._held:
             blocks += self._release([sighting.hash], now_ns, wall_ns)
         return blocks
 
-    def _prove(self, sighting: Sighting, accepted: Accepted, wall_ns: int, extra: State) -> list[Block]:
+    def _prove(self, sighting: Sighting, accepted: Accepted, wall_ns: int, extra: State) -> tuple[_Known, list[Block]]:
         """PROVEN, and STALE for every block that is no longer on the best chain."""
         state = State.PROVEN | extra
         if accepted.best:
@@ -300,25 +337,37 @@ class Relay:
         reorg = accepted.reorg
         if reorg is not None:
             state |= State.REORG
+        chain, block_hash = self.chain, sighting.hash
         known = _Known(
-            sighting.hash, sighting.header or b"", accepted.height, state, sighting.source, sighting.peer,
-            sighting.transactions, sighting.size, sighting.seen_ns,
+            block_hash, sighting.header or b"", accepted.height, chain.next_bits(block_hash),
+            chain.median_time_past(block_hash), state, sighting.source, sighting.peer, sighting.transactions,
+            sighting.size, sighting.seen_ns,
         )  # fmt: skip
         self._remember(known)
-        blocks = [self._block(Event.PROVEN, known, wall_ns, reorg.fork_height if reorg else 0)]
-        if reorg is not None:
-            blocks += [self._stale(loser, wall_ns) for loser in reversed(reorg.disconnected)]
-            for winner in reorg.connected:
-                if (won := self._known.get(winner)) is not None:
-                    won.state |= State.BEST
-        return blocks
+        block = self._block(Event.PROVEN, known, wall_ns, reorg.fork_height if reorg else 0)
+        return known, [block, *self._losers(reorg, wall_ns)]
 
-    def _stale(self, block_hash: bytes, wall_ns: int) -> Block:
+    def _losers(self, reorg: Reorg | None, wall_ns: int) -> list[Block]:
+        """STALE for all that a reorganisation undid, from the top down; what it connected is best from now on."""
+        if reorg is None:
+            return []
+        for winner in reorg.connected:
+            if (won := self._known.get(winner)) is not None:
+                won.state |= State.BEST
+        stale = (self._stale(loser, wall_ns) for loser in reversed(reorg.disconnected))
+        return [block for block in stale if block is not None]
+
+    def _stale(self, block_hash: bytes, wall_ns: int) -> Block | None:
+        chain = self.chain
         known = self._known.get(block_hash)
         if known is None:  # best before this session began
-            header = self.chain.header_of(block_hash) or b""
-            height = self.chain.height_of(block_hash) or 0
-            known = _Known(block_hash, header, height, State.PROVEN, Source.P2P, "", 0, 0, 0)
+            header, height = chain.header_of(block_hash), chain.height_of(block_hash)
+            if header is None or height is None:  # undone so deep down that the chain doesn't keep it
+                return None
+            known = _Known(
+                block_hash, header, height, chain.next_bits(block_hash), chain.median_time_past(block_hash),
+                State.PROVEN, Source.P2P, "", 0, 0, 0,
+            )  # fmt: skip
             self._remember(known)
         known.state = (known.state | State.STALE) & ~State.BEST
         self._checks.pop(block_hash, None)
@@ -339,11 +388,10 @@ class Relay:
         return blocks
 
     def _block(self, event: Event, known: _Known, wall_ns: int, fork_height: int = 0) -> Block:
-        chain = self.chain
+        # From memory, not from the chain, which may have given up a side header by now.
         return Block(
             event, known.state, known.source, known.peer, known.hash, known.header, known.height, fork_height,
-            chain.next_bits(known.hash), chain.median_time_past(known.hash), known.transactions, known.size,
-            wall_ns, known.seen_ns,
+            known.next_bits, known.median_time_past, known.transactions, known.size, wall_ns, known.seen_ns,
         )  # fmt: skip
 
     def _remember(self, known: _Known) -> None:
@@ -359,17 +407,18 @@ class Relay:
         for block_hash, (sighting, _, again_ns) in list(self._held.items()):
             if again_ns or sighting.header is None:
                 continue
-            if arrived is None or sighting.header[4:36] in arrived:
-                self._held.pop(block_hash, None)
-                blocks += self.offer(sighting, now_ns, wall_ns)
+            wanted = arrived is None or sighting.header[4:36] in arrived
+            if wanted and self._held.pop(block_hash, None) is not None:  # else it came with its parent, just now
+                blocks += self.offer(sighting, now_ns, wall_ns, repeated=True)
         return blocks
 
     def _check(self, block_hash: bytes, check: _Check, now_ns: int) -> None:
         """Ask whether an upstream has connected the block: only then does it serve the header after the parent's."""
-        self.sync.ask(check.peer, now_ns, (check.parent,))
         check.left -= 1
-        if not check.left:
+        if not check.left or not self.chain.knows(check.parent):
             del self._checks[block_hash]
             return
+        # The whole way down, or a peer that is on another branch would answer with all it has from genesis on.
+        self.sync.ask(check.peer, now_ns, tuple(self.chain.locator_from(check.parent)))
         check.pause_ns = min(2 * check.pause_ns, LAST_CHECK_NS)
         check.due_ns = now_ns + check.pause_ns

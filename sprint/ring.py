@@ -52,6 +52,8 @@ class Ring:
     __slots__ = ("_index", "_records", "slots")
 
     def __init__(self, buffer: memoryview) -> None:
+        if len(buffer) < HEADER_SIZE:
+            raise HostError(f"no ring in {len(buffer)} bytes: its index alone takes {HEADER_SIZE}")
         index = buffer[:HEADER_SIZE].cast("Q")
         slots = index[_SLOTS]
         if index[_MAGIC] != MAGIC or index[_LAYOUT] != LAYOUT or index[_RECORD] != SIZE:
@@ -64,11 +66,14 @@ class Ring:
 
     @classmethod
     def create(cls, buffer: bytearray | memoryview, slots: int, session: int) -> Ring:
-        """Lay out an empty ring in `buffer`, which must hold size_for(slots) bytes."""
+        """Lay out an empty ring in `buffer`. Raises HostError when it doesn't hold size_for(slots) bytes."""
         if not MIN_SLOTS <= slots <= MAX_SLOTS:
             raise ValueError(f"slots {slots}: expected {MIN_SLOTS} to {MAX_SLOTS}")
         view = memoryview(buffer)
+        if len(view) < size_for(slots):
+            raise HostError(f"a ring of {slots} slots does not fit {len(view)} bytes")
         index = view[:HEADER_SIZE].cast("Q")
+        index[_MAGIC] = 0  # whoever attaches meanwhile finds no ring rather than half of one
         for at, value in ((_LAYOUT, LAYOUT), (_SLOTS, slots), (_RECORD, SIZE), (_SESSION, session)):
             index[at] = value
         index[_INTENT] = index[_TAIL] = index[_BEST] = 0
@@ -155,9 +160,13 @@ class RingReader:
     __slots__ = ("cursor", "ring")
 
     def __init__(self, ring: Ring, since: int | None = None) -> None:
-        """Start with the next record to be written, or with sequence `since` (which may be gone: see read)."""
+        """Start with the next record to be written, or with sequence `since`.
+
+        That may be gone (see read); one that isn't written yet means the next, so that nothing passes unaccounted.
+        """
         self.ring = ring
-        self.cursor = ring.tail + 1 if since is None else max(1, since)
+        following = ring.tail + 1
+        self.cursor = following if since is None else min(max(1, since), following)
 
     @property
     def behind(self) -> int:

@@ -9,6 +9,7 @@ is being written: read them with `consistent()`.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import time
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ MARKS: Final = 12
 """Sightings kept in one block's timeline; later ones only count."""
 REASONS: Final = 16
 DELIVERIES: Final = 16
+PROCESSES: Final = 20
+STEPS: Final = 8
 TIERS: Final = 5
 HISTOGRAM_BUCKETS: Final = 192
 _HISTOGRAM_SHIFT: Final = 9
@@ -41,7 +44,7 @@ class _Section(ctypes.LittleEndianStructure):
 
 
 class HistogramData(_Section):
-    """Counts by latency. Bucket widths grow with the value: none is wider than an eighth of it, from 4 µs to 17 s."""
+    """Counts by latency. Bucket widths grow with the value: none is wider than an eighth of it, from 4 µs to 34 s."""
 
     _fields_ = (("count", u64), ("sum_ns", u64), ("max_ns", u64), ("buckets", u64 * HISTOGRAM_BUCKETS))
 
@@ -153,6 +156,18 @@ class Delivery(_Section):
     )
 
 
+class Process(_Section):
+    """One child of the memory-optimised engine, written by the supervisor."""
+
+    _fields_ = (("name", ctypes.c_char * 16), ("pid", u64), ("restarts", u64), ("started_ns", u64))
+
+
+class Step(_Section):
+    """One step of OPTIMIZE_SYSTEM, written by the relay's process."""
+
+    _fields_ = (("name", ctypes.c_char * 16), ("applied", u64), ("detail", ctypes.c_char * 160))
+
+
 class Layout(_Section):
     """The whole block."""
 
@@ -168,6 +183,8 @@ class Layout(_Section):
         ("block_count", u64),
         ("blocks", BlockRow * BLOCKS),
         ("deliveries", Delivery * DELIVERIES),
+        ("processes", Process * PROCESSES),
+        ("steps", Step * STEPS),
     )
 
 
@@ -190,6 +207,7 @@ class StatusBlock:
         """Lay out an empty block; `facts` is what doesn't change while Sprint runs (tier, switches, addresses)."""
         memory = bytearray(SIZE) if buffer is None else buffer
         layout = Layout.from_buffer(memory)
+        ctypes.memset(ctypes.addressof(layout), 0, SIZE)
         layout.size = SIZE
         layout.session = session
         layout.started_wall_ns = time.time_ns()
@@ -239,7 +257,7 @@ class StatusBlock:
 
     def peer_index(self, name: str) -> int | None:
         """The row of the peer of that name, taken if it is new; None when all rows are taken."""
-        encoded = name.encode()[:63]
+        encoded = _row_name(name)
         for index, row in enumerate(self.layout.peers):
             if row.name == encoded:
                 return index
@@ -265,6 +283,14 @@ class StatusBlock:
         return [consistent(self.layout.blocks[number % BLOCKS]) for number in newest]
 
 
+def _row_name(name: str) -> bytes:
+    """At most 63 bytes; a longer name is cut and told from others of the same beginning by its digest."""
+    encoded = name.encode()
+    if len(encoded) <= 63:
+        return encoded
+    return encoded[:54] + b"~" + hashlib.sha256(encoded).hexdigest()[:8].encode()
+
+
 @contextmanager
 def writing(row: Peer | BlockRow) -> Iterator[None]:
     """Mark a row as being written, so that readers wait or look again."""
@@ -276,12 +302,18 @@ def writing(row: Peer | BlockRow) -> Iterator[None]:
 
 
 def consistent(row: _S) -> _S:
-    """A copy of the row in which all fields agree; a writer that died in mid-write is waited for no longer than 10 ms."""
+    """A copy of the row in which all fields agree.
+
+    A writer that died in mid-write is waited for no longer than 10 ms; the copy's version is then odd.
+    """
     deadline = time.monotonic_ns() + 10_000_000
     while True:
         before = row.version
         copy = type(row).from_buffer_copy(row)
-        if (before == row.version and not before & 1) or time.monotonic_ns() > deadline:
+        if before == row.version and not before & 1:
+            return copy
+        if time.monotonic_ns() > deadline:
+            copy.version |= 1
             return copy
         time.sleep(0)  # in one process the writer needs the interpreter to finish
 
@@ -331,6 +363,8 @@ def quantile_ns(data: HistogramData, share: float) -> int | None:
     seen = 0
     for bucket, count in enumerate(counts):
         seen += count
-        if seen >= share * total:
+        if count and seen >= share * total:
+            if bucket == HISTOGRAM_BUCKETS - 1:  # which has no upper end
+                break
             return min(bucket_upper_ns(bucket), max(int(data.max_ns), 1))
     return int(data.max_ns)

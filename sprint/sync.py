@@ -2,7 +2,8 @@
 
 Pure: events and `now_ns` in, Wants out. One peer at a time serves the first sync; once caught up, every peer is asked
 after its handshake, which also tells it what we have: Bitcoin Core announces by header only to those it believes to
-know the parent. A peer has one question open at a time; what comes up meanwhile is asked when the answer is there.
+know the parent. A peer has one question open at a time; what comes up meanwhile is asked when the answer is there, or
+when it is overdue. Only an urgent question, about a block we have no header of, goes out beside another open one.
 
 Every question begins one block below our tip, as Core's own do: some nodes (bcoin) say nothing where there is nothing
 to tell, and so a peer that shares our chain always has the tip to tell, which is also how it says that it has connected
@@ -35,7 +36,10 @@ class _Peer:
     name: str
     height: int
     asked_ns: int | None = None
+    urgent: bool = False
+    """The open question is."""
     again: bool = False
+    """Something came up since, to be asked in its turn."""
 
 
 class HeaderSync:
@@ -60,9 +64,10 @@ class HeaderSync:
         peer = self._peers[ready.peer] = _Peer(ready.source, ready.peer, ready.height)
         if not self.caught_up and peer.height == self._chain.tip_height == 0 and self._is_current(peer, 0):
             self.caught_up = True  # a new regtest chain: neither of us has a block, and not every node answers that
+            self._retry_ns = None
         if self.caught_up:
             self.ask(ready.peer, now_ns)
-        elif self._serving is None:
+        elif self._serving in {None, ready.peer}:
             self._serve_from(ready.peer, now_ns)
 
     def peer_gone(self, gone: PeerGone, now_ns: int) -> None:
@@ -72,19 +77,24 @@ class HeaderSync:
             self._serving = None
             self._serve_from(next(iter(self._peers), None), now_ns)
 
-    def ask(self, peer: str, now_ns: int, locator: tuple[bytes, ...] | None = None) -> None:
+    def ask(self, peer: str, now_ns: int, locator: tuple[bytes, ...] | None = None, *, urgent: bool = False) -> None:
         """Ask that peer for what follows `locator` (our chain's unless given); a peer that can't be asked means all."""
         asked = self._peers.get(peer)
         for one in [asked] if asked else list(self._peers.values()):
-            if one.asked_ns is not None and now_ns - one.asked_ns < UNANSWERED_NS:
+            is_open = one.asked_ns is not None and now_ns - one.asked_ns < UNANSWERED_NS
+            if is_open and (one.urgent or not urgent):
                 one.again = True
                 continue
             one.asked_ns = now_ns
+            one.urgent = urgent
             one.again = False
             self._want(one, locator)
 
-    def answered(self, run: HeaderRun, *, grew: bool, last_height: int | None, now_ns: int, wall_s: int) -> bool:
-        """Take in an answer: whether our chain grew by it, and the height that its last header has on our chain.
+    def answered(
+        self, run: HeaderRun, *, grew: bool, refused: bool, last_height: int | None, now_ns: int, wall_s: int
+    ) -> bool:
+        """Take in an answer: whether our chain grew by it, whether any of it was refused, and the height that the last
+        header accepted has on our chain.
 
         Returns True when by this answer our chain has caught up.
         """
@@ -101,7 +111,7 @@ class HeaderSync:
             self.ask(run.peer, now_ns)
         if self.caught_up:
             return False
-        if run.complete and self._is_current(peer, wall_s):
+        if run.complete and not refused and self._is_current(peer, wall_s):
             self.caught_up = True
             self._retry_ns = None
             for other in self._peers:
@@ -113,15 +123,26 @@ class HeaderSync:
 
     def deadline(self) -> int | None:
         """When on_timer has something to do."""
-        times = [] if self._retry_ns is None else [self._retry_ns]
-        serving = self._peers.get(self._serving or "")
-        if not self.caught_up and serving is not None and serving.asked_ns is not None:
-            times.append(serving.asked_ns + UNANSWERED_NS)
+        times = [
+            peer.asked_ns + UNANSWERED_NS
+            for peer in self._peers.values()
+            if peer.asked_ns is not None and (peer.again or (peer.name == self._serving and not self.caught_up))
+        ]
+        if self._retry_ns is not None:
+            times.append(self._retry_ns)
         return min(times, default=None)
 
     def on_timer(self, now_ns: int) -> None:
         """Ask again what was not answered, or not to our satisfaction; of the next peer where there is one."""
-        if self.caught_up or (due := self.deadline()) is None or now_ns < due:
+        if (due := self.deadline()) is None or now_ns < due:
+            return
+        serving = self._peers.get(self._serving or "")
+        silent = serving is not None and serving.asked_ns is not None and now_ns >= serving.asked_ns + UNANSWERED_NS
+        retry = self._retry_ns is not None and now_ns >= self._retry_ns
+        for peer in self._peers.values():
+            if peer.again and peer.asked_ns is not None and now_ns >= peer.asked_ns + UNANSWERED_NS:
+                self.ask(peer.name, now_ns)
+        if self.caught_up or not (silent or retry):
             return
         self._retry_ns = None
         names = list(self._peers)

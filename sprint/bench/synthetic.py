@@ -77,3 +77,21 @@ def mine(previous: bytes, merkle_root: bytes, time: int, bits: int, target: int 
         if int.from_bytes(digest, "little") <= goal:
             return header, digest
         nonce += 1
+
+
+def mine_branch(parent: bytes, parent_height: int, count: int, salt: int = 0) -> list[tuple[bytes, bytes]]:
+    """`count` regtest headers on top of a parent, lowest first, each with its hash.
+
+    Their times follow from their heights, ten minutes apart; branches of different `salt` differ in every header.
+    """
+    made = []
+    for height in range(parent_height + 1, parent_height + 1 + count):
+        time = header_time(REGTEST.genesis_header) + REGTEST.target_spacing * height
+        header, parent = mine(parent, salt.to_bytes(32, "little"), time, REGTEST.pow_limit_bits)
+        made.append((header, parent))
+    return made
+
+
+def joined(branch: list[tuple[bytes, bytes]]) -> bytes:
+    """The headers of a branch in one piece, as a batch wants them."""
+    return b"".join(header for header, _ in branch)

@@ -36,6 +36,9 @@ SEND_BUFFER: Final = 32 * 1024
 on what a subscriber that never reads costs the kernel."""
 STALL_TIMEOUT_NS: Final = 300 * NS_PER_S
 """A session that has taken no byte for so long is closed."""
+_USER_TIMEOUT_MARGIN_NS: Final = 30 * NS_PER_S
+"""So much later the kernel gives up by TCP_USER_TIMEOUT, which also ends a host that vanished without a word; it counts
+a closed receive window as well, and must not forestall our own stall timeout, which is the one that is counted."""
 HELLO_TIMEOUT_NS: Final = 5 * NS_PER_S
 MAX_EXTRA: Final = 1024
 """Bytes that a subscriber may send after its hello (a line feed too many, a human at nc) before it is closed."""
@@ -130,7 +133,8 @@ class StreamDelivery:
 
     def start(self, loop: asyncio.AbstractEventLoop, host: str, port: int) -> tuple[str, int]:
         """Listen; returns the bound address. Raises HostError, naming address and reason, when it can't be bound."""
-        listener = listen(host, port, self._send_buffer, self._stall_timeout_ns // NS_PER_MS)
+        user_timeout_ms = (self._stall_timeout_ns + _USER_TIMEOUT_MARGIN_NS) // NS_PER_MS
+        listener = listen(host, port, self._send_buffer, user_timeout_ms)
         self._loop = loop
         self._deadlines = Deadlines(loop, self._clock, self._deadline)
         self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._turn_to_beat)

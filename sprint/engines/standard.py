@@ -2,7 +2,7 @@
 
 Each source hangs on the loop by its descriptor and its deadline. A turn takes what the source heard, publishes what the
 relay proves, at once, and only when the last delivery is done does the rest: questions to peers, the header file, the
-books, the log.
+books, the log. An exception in a turn ends run(): asyncio would log it and go on, with a relay that may be deaf.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ class StandardSprint:
         self._sources = tuple(sources)
         self._log = log
         self._relay_label = relay_label
-        self._unsaved = b""
+        self._unsaved = bytearray()
         self._save_after_ns = 0
         self._published: list[tuple[Block, int]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
+        self._error: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, on_started: Callable[[], None] | None = None) -> None:
-        """Run until stop(), SIGINT or SIGTERM."""
+        """Run until stop(), SIGINT or SIGTERM. Raises whatever went wrong in a turn: nothing was meant to."""
         loop = self._loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
@@ -76,12 +77,15 @@ class StandardSprint:
                 on_started()
             await self._stop.wait()
             housekeeping.cancel()
+            if self._error is not None:
+                raise self._error
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             for source in self._sources:
                 loop.remove_reader(source.fileno())
                 source.close()
+            self._unsaved += self._relay.take_headers()
             self._save(time.monotonic_ns(), last_try=True)
             self._header_file.close()
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -93,6 +97,19 @@ class StandardSprint:
 
     def _turn(self, source: Source | None) -> None:
         """One source has something to say (None: look at all of them)."""
+        if self._stop.is_set():
+            return
+        try:
+            self._take_turn(source)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End run() with that error."""
+        self._error = self._error or error
+        self._stop.set()
+
+    def _take_turn(self, source: Source | None) -> None:
         now_ns = time.monotonic_ns()
         for one in self._sources if source is None else (source,):
             for heard in one.poll(now_ns):
@@ -161,8 +178,8 @@ class StandardSprint:
         if not self._unsaved or (now_ns < self._save_after_ns and not last_try):
             return
         try:
-            self._header_file.append(self._unsaved)
-            self._unsaved = b""
+            self._header_file.append(bytes(self._unsaved))
+            self._unsaved.clear()
         except HostError as error:
             self._save_after_ns = now_ns + SAVE_RETRY_NS
             self._log.error("Headers not saved", error=str(error), waiting=len(self._unsaved) // 80)
@@ -183,7 +200,11 @@ class StandardSprint:
     async def _keep_house(self) -> None:
         """Once a second: prove that the loop turns, and bring the upstreams' accounts up to date."""
         while True:
-            self._ledger.state_of(self._relay, time.monotonic_ns())
-            for source in self._sources:
-                source.account()
+            try:
+                self._ledger.state_of(self._relay, time.monotonic_ns())
+                for source in self._sources:
+                    source.account()
+            except Exception as error:
+                self._fail(error)
+                return
             await asyncio.sleep(HOUSEKEEPING_S)

@@ -49,6 +49,8 @@ class P2PSource:
         """By upstream: the descriptor and the mask that epoll has of it."""
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._heard: list[Heard] = []
+        self._due_ns = 0
+        """What deadline() said last."""
         for name in self._upstreams:
             status.peer_index(name)
 
@@ -60,10 +62,12 @@ class P2PSource:
         """Read and write what can be, connect what has to be."""
         heard = self._heard
         self._heard = []
+        resolver = self._resolver.fileno()
+        resolved = False
         for descriptor, mask in self._epoll.poll(0):
             upstream = self._watched.get(descriptor)
             if upstream is None:
-                self._on_resolved(now_ns)
+                resolved = resolved or descriptor == resolver
                 continue
             if mask & select.EPOLLOUT or (mask & select.EPOLLERR and not upstream.ready):
                 heard += upstream.on_writable(now_ns)
@@ -71,7 +75,12 @@ class P2PSource:
                 heard += upstream.on_readable(self._buffer)
             self._watch(upstream)
             if heard:  # what one upstream says doesn't wait for what the next one may say: epoll reports that again
-                return heard
+                break
+        if heard and now_ns < self._due_ns:
+            return heard
+        # Even if one of them never stops talking, the others' time-outs and attempts have their turn.
+        if resolved:  # after the sockets: a new connection may get the descriptor of one that was lost above
+            self._on_resolved(now_ns)
         for upstream in self._upstreams.values():
             due = upstream.deadline()
             if due is not None and now_ns >= due:
@@ -83,7 +92,9 @@ class P2PSource:
         if self._heard:
             return 0
         times = [upstream.deadline() for upstream in self._upstreams.values()]
-        return min((time_ns for time_ns in times if time_ns is not None), default=None)
+        due_ns = min((time_ns for time_ns in times if time_ns is not None), default=None)
+        self._due_ns = 0 if due_ns is None else due_ns
+        return due_ns
 
     def want(self, want: Want, now_ns: int) -> None:
         """Send a getheaders to the upstream of that name."""
@@ -132,8 +143,7 @@ class P2PSource:
                 self._resolver.submit(upstream.address)
                 return
             upstream.candidates = [found]
-        taken = sum(other.account.high_bandwidth for other in self._upstreams.values())
-        upstream.connect(now_ns, high_bandwidth=taken < MAX_HIGH_BANDWIDTH)
+        upstream.connect(now_ns, high_bandwidth=self._pushers() < MAX_HIGH_BANDWIDTH)
 
     def _on_resolved(self, now_ns: int) -> None:
         for address, found, error in self._resolver.results():
@@ -157,21 +167,23 @@ class P2PSource:
         else:
             if registered is not None:
                 del self._watched[registered[0]], self._registered[upstream.name]
-                self._on_left(upstream)
+                self._on_left()
             if descriptor < 0:
                 return
             self._epoll.register(descriptor, mask)
             self._watched[descriptor] = upstream
         self._registered[upstream.name] = (descriptor, mask)
 
-    def _on_left(self, gone: Upstream) -> None:
-        """An upstream has lost its connection: its name may lead elsewhere now, and its place as pusher is free."""
-        if numeric(gone.address) is None:
-            gone.candidates = []
-        others = [other for other in self._upstreams.values() if other.ready]
-        if sum(other.account.high_bandwidth for other in others) < MAX_HIGH_BANDWIDTH:
-            for other in others:
-                if not other.account.high_bandwidth:
-                    self._heard += other.request_high_bandwidth()
-                    self._watch(other)
-                    break
+    def _on_left(self) -> None:
+        """A connection, or an attempt at one, has ended: if its place as pusher is free now, another takes it."""
+        if self._pushers() >= MAX_HIGH_BANDWIDTH:
+            return
+        for other in self._upstreams.values():
+            if other.ready and not other.account.high_bandwidth:
+                self._heard += other.request_high_bandwidth()
+                self._watch(other)
+                return
+
+    def _pushers(self) -> int:
+        """Upstreams that push compact blocks, or will once they are connected."""
+        return sum(upstream.account.high_bandwidth for upstream in self._upstreams.values())

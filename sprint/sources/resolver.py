@@ -65,7 +65,7 @@ class Resolver:
         try:
             found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
             self._answers.append((address, [(family, sockaddr) for family, _, _, _, sockaddr in found], ""))
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that IDNA or the C library can't take
             self._answers.append((address, [], f"{address.host} can't be resolved: {error}"))
         try:
             self._writing.send(b"\0")

@@ -72,7 +72,7 @@ class Upstream:
         self.account = Account()
         self.socket: socket.socket | None = None
         self.candidates: list[SocketAddress] = []
-        """Where the name leads; used in turn."""
+        """Where the name leads, until the next attempt has been made; used in turn."""
         self.retry_ns: int | None = 0
         """When to connect again; None while connected, connecting or resolving."""
         self.wants_to_write = False
@@ -81,7 +81,12 @@ class Upstream:
         self._tip_height = tip_height
         self._connection: Connection | None = None
         self._connect_by_ns: int | None = None
-        self._attempts = 0
+        self._turn = 0
+        """Counts attempts that led to no handshake: so the candidate that last worked comes first again."""
+        self._failures = 0
+        """Since the last handshake."""
+        self._told_ready = False
+        """The relay has this connection's PeerReady."""
         self._unsent = bytearray()
         self._asked = 0
         """getheaders without an answer yet."""
@@ -96,29 +101,33 @@ class Upstream:
     def connect(self, now_ns: int, *, high_bandwidth: bool) -> None:
         """Begin to connect to the next candidate. What goes wrong sets retry_ns."""
         self.retry_ns = None
-        family, sockaddr = self.candidates[self._attempts % len(self.candidates)]
-        self._attempts += 1
+        family, sockaddr = self.candidates[self._turn % len(self.candidates)]
         self.account.high_bandwidth = high_bandwidth
-        self.socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connect_by_ns = now_ns + CONNECT_TIMEOUT_NS
-        self.wants_to_write = True
-        code = self.socket.connect_ex(sockaddr)
+        try:
+            self.socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = self.socket.connect_ex(sockaddr)
+        except OSError as error:  # no descriptor left, or no IPv6 on this host
+            code = error.errno or errno.EIO
         if code not in {0, errno.EINPROGRESS}:
             self.drop(now_ns, f"can't connect: {os.strerror(code)}")
+            return
+        self._connect_by_ns = now_ns + CONNECT_TIMEOUT_NS
+        self.wants_to_write = True
 
     def postpone(self, now_ns: int, error: str) -> None:
-        """Try again later; the pause grows with each attempt since the last handshake."""
+        """Try again later; the pause grows with each failure since the last handshake."""
         self.account.failures += 1
         self.account.last_error = error
-        pause_ns = (
-            min(FIRST_PAUSE_NS << min(self._attempts, 16), LAST_PAUSE_NS) if self._attempts > 1 else FIRST_PAUSE_NS
-        )
+        pause_ns = min(FIRST_PAUSE_NS << min(self._failures, 16), LAST_PAUSE_NS)
+        self._failures += 1
         self.retry_ns = now_ns + int(pause_ns * random.uniform(0.5, 1.0))
 
     def drop(self, now_ns: int, error: str) -> list[Heard]:
         """Close the connection, if there is one, and arrange for the next."""
-        gone: list[Heard] = [PeerGone(Source.P2P, self.name)] if self.ready else []
+        gone: list[Heard] = [PeerGone(Source.P2P, self.name)] if self._told_ready else []
+        self._turn += not self._told_ready
+        self.candidates = []
         self.close()
         self.postpone(now_ns, error)
         return gone
@@ -132,6 +141,7 @@ class Upstream:
             self._connection.close()
             self._connection = None
         self._connect_by_ns = None
+        self._told_ready = False
         self._unsent.clear()
         self._asked = 0
         self._synced = False
@@ -177,8 +187,7 @@ class Upstream:
         except PeerViolation as violation:
             for event in violation.events:
                 self._translate(event, seen_ns, heard)
-            heard += self._end(seen_ns, str(violation))
-            return heard
+            return heard + self.drop(seen_ns, str(violation))
         return heard + self._flush(seen_ns)
 
     def ask_headers(self, locator: tuple[bytes, ...], now_ns: int) -> list[Heard]:
@@ -188,7 +197,7 @@ class Upstream:
         try:
             self._connection.send(GetHeaders(locator))
         except LocalProtocolError as error:
-            return self._end(now_ns, str(error))
+            return self.drop(now_ns, str(error))
         self._asked += 1
         return self._flush(now_ns)
 
@@ -213,13 +222,10 @@ class Upstream:
             return self.drop(now_ns, f"no connection within {CONNECT_TIMEOUT_NS // NS_PER_S} s")
         if self._connection is None:
             return []
-        was_ready = self.ready
         try:
             self._connection.on_timer(now_ns)
         except PeerViolation as violation:
-            gone: list[Heard] = [PeerGone(Source.P2P, self.name)] if was_ready else []
-            self.drop(now_ns, str(violation))
-            return gone
+            return self.drop(now_ns, str(violation))
         return self._flush(now_ns)
 
     def refresh_account(self) -> None:
@@ -228,11 +234,6 @@ class Upstream:
             self.account.bytes_received = self._connection.bytes_received
             self.account.skipped_messages = self._connection.counters.skipped
             self.account.connected = self.ready
-
-    def _end(self, now_ns: int, error: str) -> list[Heard]:
-        """Drop a connection that its protocol object may have closed already: the relay must hear of it."""
-        self.drop(now_ns, error)
-        return [PeerGone(Source.P2P, self.name)]
 
     def _flush(self, now_ns: int) -> list[Heard]:
         if self.socket is None or self._connection is None:
@@ -269,9 +270,11 @@ class Upstream:
         elif isinstance(event, LatencyMeasured):
             self.account.rtt_ns = event.rtt_ns
         elif isinstance(event, HandshakeCompleted):
-            self._attempts = 0
+            self._failures = 0
+            self._told_ready = True
             self.account.connected = True
-            self.account.agent = event.version.user_agent.decode("ascii", "replace")
+            agent = event.version.user_agent.decode("ascii", "replace")
+            self.account.agent = "".join(letter if " " <= letter <= "~" else "?" for letter in agent)
             self.account.height = max(0, event.version.start_height)
             heard.append(PeerReady(Source.P2P, self.name, self.account.height))
 

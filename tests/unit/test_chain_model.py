@@ -145,7 +145,7 @@ def test_headers_restored_in_the_order_of_acceptance_give_the_same_chain(
 @pytest.mark.parametrize("base", [MAIN, TESTNET3, TESTNET4], ids=lambda network: network.name)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_on_every_branch_exactly_the_bits_of_its_own_past_are_taken(base: Network, data: st.DataObject) -> None:
+def test_every_branch_takes_the_bits_and_times_that_its_own_past_allows(base: Network, data: st.DataObject) -> None:
     network = replace(
         base,
         genesis_header=REGTEST.genesis_header,
@@ -164,13 +164,18 @@ def test_on_every_branch_exactly_the_bits_of_its_own_past_are_taken(base: Networ
     tip = network.genesis_hash
     for number in range(data.draw(st.integers(1, 24))):
         path = paths[max(0, len(paths) - data.draw(st.integers(1, 3)))]
-        time = header_time(path[-1]) + data.draw(st.sampled_from([300, 500, 700, 1201, 1500]))
+        time = header_time(path[-1]) + data.draw(st.sampled_from([300, 500, 700, 1201, 1500, -500, -700, -2000]))
         bits = required_bits(network, len(path), time, path.__getitem__)
         parent = double_sha256(path[-1])
         salt = number.to_bytes(32, "little")
         if bits != network.pow_limit_bits:
             assert chain.accept(mine(parent, salt, time, network.pow_limit_bits)[0], FAR) is Reject.BAD_BITS
         header, block_hash = mine(parent, salt, time, bits)
+        times = sorted(map(header_time, path[-11:]))
+        warped = network.bip94 and len(path) % network.interval == 0 and time < header_time(path[-1]) - 600
+        if time <= times[len(times) // 2] or warped:
+            assert chain.accept(header, FAR) is Reject.TIME_TOO_OLD
+            continue
         works[block_hash] = works[parent] + work_of(bits)
         if works[block_hash] > works[tip]:
             tip = block_hash

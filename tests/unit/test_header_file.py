@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sprint.bench.synthetic import mine
+from sprint.bench.synthetic import joined, mine, mine_branch
 from sprint.bitcoin.difficulty import header_time
 from sprint.bitcoin.networks import MAIN, NETWORKS, REGTEST
 from sprint.chain import HeaderChain
@@ -19,19 +19,6 @@ from sprint.header_file import HeaderFile
 GENESIS_TIME = header_time(REGTEST.genesis_header)
 FAR = 1 << 32
 PREAMBLE = 80
-
-
-def _branch(parent: bytes, parent_height: int, count: int, salt: int = 0) -> list[tuple[bytes, bytes]]:
-    made = []
-    for height in range(parent_height + 1, parent_height + 1 + count):
-        merkle_root = salt.to_bytes(32, "little")
-        header, parent = mine(parent, merkle_root, GENESIS_TIME + 600 * height, REGTEST.pow_limit_bits)
-        made.append((header, parent))
-    return made
-
-
-def _joined(branch: list[tuple[bytes, bytes]]) -> bytes:
-    return b"".join(header for header, _ in branch)
 
 
 def _load(path: Path) -> tuple[HeaderChain, int, int]:
@@ -53,13 +40,13 @@ def test_a_new_file_holds_nothing_but_its_documented_preamble(path: Path) -> Non
 
 
 def test_headers_come_back_with_their_side_branches_and_the_tip_that_was_best(path: Path) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 20)
-    rival = _branch(trunk[14][1], 15, 8, salt=1)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 20)
+    rival = mine_branch(trunk[14][1], 15, 8, salt=1)
     chain = HeaderChain(REGTEST)
     with HeaderFile.open(path, REGTEST) as file:
         for piece in (trunk[:18], rival[:2], trunk[18:], rival[2:]):
-            assert chain.extend(_joined(piece), FAR).accepted == len(piece)
-            file.append(_joined(piece))
+            assert chain.extend(joined(piece), FAR).accepted == len(piece)
+            file.append(joined(piece))
     again, loaded, cut = _load(path)
     assert (loaded, cut) == (28, 0)
     assert again.tip_hash == chain.tip_hash == rival[-1][1]
@@ -67,14 +54,14 @@ def test_headers_come_back_with_their_side_branches_and_the_tip_that_was_best(pa
 
 
 def test_loading_tells_its_progress_and_more_can_be_appended_afterwards(path: Path) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 9000)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 9000)
     with HeaderFile.open(path, REGTEST) as file:
-        file.append(_joined(trunk[:8500]))
+        file.append(joined(trunk[:8500]))
     seen: list[tuple[int, int]] = []
     chain = HeaderChain(REGTEST)
     with HeaderFile.open(path, REGTEST) as file:
         assert file.load_into(chain, lambda done, total: seen.append((done, total))) == 8500
-        file.append(_joined(trunk[8500:]))
+        file.append(joined(trunk[8500:]))
     assert seen == [(4000, 8500), (8000, 8500), (8500, 8500)]
     assert _load(path)[0].tip_hash == trunk[-1][1]
 
@@ -87,9 +74,9 @@ def test_a_header_accepted_before_is_loaded_whatever_our_clock_says_now(path: Pa
 
 
 def test_a_file_cut_at_any_byte_of_its_last_two_headers_loads_the_whole_ones_and_goes_on(path: Path) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 6)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 6)
     with HeaderFile.open(path, REGTEST) as file:
-        file.append(_joined(trunk))
+        file.append(joined(trunk))
     whole = path.read_bytes()
     for size in range(PREAMBLE + 4 * 80, len(whole)):
         path.write_bytes(whole[:size])
@@ -97,14 +84,14 @@ def test_a_file_cut_at_any_byte_of_its_last_two_headers_loads_the_whole_ones_and
         chain = HeaderChain(REGTEST)
         with HeaderFile.open(path, REGTEST) as file:
             assert (file.load_into(chain), file.cut_bytes) == (complete, torn)
-            file.append(_joined(trunk[complete:]))
+            file.append(joined(trunk[complete:]))
         assert path.read_bytes() == whole
 
 
 def test_appending_to_a_torn_file_that_was_not_loaded_cuts_the_tail_first(path: Path) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 3)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 3)
     with HeaderFile.open(path, REGTEST) as file:
-        file.append(_joined(trunk[:2]))
+        file.append(joined(trunk[:2]))
     with path.open("ab") as raw:
         raw.write(b"torn")
     with HeaderFile.open(path, REGTEST) as file:
@@ -123,9 +110,9 @@ def test_a_preamble_cut_at_any_byte_is_written_anew(path: Path, size: int) -> No
 
 @pytest.mark.parametrize("field", [0, 4, 36, 68, 72, 76])
 def test_damage_in_the_middle_ends_the_chain_there_and_what_follows_is_cut_off(path: Path, field: int) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 10)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 10)
     with HeaderFile.open(path, REGTEST) as file:
-        file.append(_joined(trunk))
+        file.append(joined(trunk))
     damaged = bytearray(path.read_bytes())
     at = PREAMBLE + 5 * 80 + field
     damaged[at : at + 4] = bytes(byte ^ 0xFF for byte in damaged[at : at + 4])
@@ -137,16 +124,16 @@ def test_damage_in_the_middle_ends_the_chain_there_and_what_follows_is_cut_off(p
     assert chain.hash_at(5) == trunk[4][1]
     with HeaderFile.open(path, REGTEST) as file:
         file.load_into(HeaderChain(REGTEST))
-        assert chain.extend(_joined(trunk), FAR).rejection is None
-        file.append(_joined(trunk[5:]))
+        assert chain.extend(joined(trunk), FAR).rejection is None
+        file.append(joined(trunk[5:]))
     assert _load(path)[0].tip_hash == trunk[-1][1]
 
 
 def test_a_header_whose_parent_is_not_kept_is_passed_over(path: Path) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 6)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 6)
     stranger, _ = mine(b"\5" * 32, bytes(32), GENESIS_TIME + 600, REGTEST.pow_limit_bits)
     with HeaderFile.open(path, REGTEST) as file:
-        file.append(_joined(trunk[:3]) + stranger + _joined(trunk[3:]))
+        file.append(joined(trunk[:3]) + stranger + joined(trunk[3:]))
     chain, loaded, cut = _load(path)
     assert (loaded, cut, chain.tip_height) == (6, 0, 6)
 
@@ -198,11 +185,11 @@ def test_a_length_that_is_no_whole_header_is_refused(path: Path) -> None:
 
 
 def test_a_short_write_is_finished_by_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 4)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 4)
     write = os.write
     with HeaderFile.open(path, REGTEST) as file:
         monkeypatch.setattr("sprint.header_file.os.write", lambda fd, data: write(fd, data[:77]))
-        file.append(_joined(trunk))
+        file.append(joined(trunk))
         monkeypatch.undo()
     assert _load(path)[1:] == (4, 0)
 
@@ -210,7 +197,7 @@ def test_a_short_write_is_finished_by_another(path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_leaves_the_file_as_it_was_and_later_headers_still_fit(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = _branch(REGTEST.genesis_hash, 0, 4)
+    trunk = mine_branch(REGTEST.genesis_hash, 0, 4)
     write = os.write
     room = [100]
 
@@ -226,10 +213,10 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_later_headers_still_fit(
         before = path.read_bytes()
         monkeypatch.setattr("sprint.header_file.os.write", full)
         with pytest.raises(HostError, match=f"{path}.*240 bytes can't be written: No space"):
-            file.append(_joined(trunk[1:]))
+            file.append(joined(trunk[1:]))
         assert path.read_bytes() == before
         monkeypatch.undo()
-        file.append(_joined(trunk[1:]))
+        file.append(joined(trunk[1:]))
     assert _load(path)[1:] == (4, 0)
 
 

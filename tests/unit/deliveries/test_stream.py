@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 import tracemalloc
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +26,7 @@ from sprint.status import StatusBlock
 from sprint.tiers import PROFILES, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from sprint.frames import Item
 
@@ -64,6 +64,7 @@ class Server:
         }
         self.delivery = StreamDelivery(self.ring, self.accounts, **{**arguments, **options})
         self.address = ("", 0)
+        self.clients: list[Client] = []
 
     def put(self, *, best: bool = True) -> int:
         sequence = self.writer.next_sequence
@@ -95,8 +96,9 @@ class Server:
         sock.setblocking(False)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.clients.append(Client(sock))
         await asyncio.get_running_loop().sock_connect(sock, self.address)
-        return Client(sock)
+        return self.clients[-1]
 
 
 class Client:
@@ -168,7 +170,8 @@ async def serving(**options: Any) -> AsyncIterator[Server]:
         yield server
     finally:
         server.delivery.close()
-        gc.collect()
+        for client in server.clients:
+            client.sock.close()
 
 
 class Recorder:
@@ -277,7 +280,7 @@ def test_a_hello_of_one_megabyte_is_refused_without_being_kept() -> None:
             sending = asyncio.ensure_future(client.send(b"x" * (1 << 20)))
             assert json.loads(await client.line()) == {"error": "hello longer than 4096 bytes"}
             assert await client.closed()
-            with pytest.raises(ConnectionError):
+            with suppress(ConnectionError):  # unless the kernels' buffers took it all
                 await sending
             other = await server.join()
             server.publish()
@@ -534,9 +537,8 @@ def test_running_out_of_file_descriptors_pauses_accepting_and_loses_nobody() -> 
             highest = max(int(name) for name in os.listdir("/proc/self/fd"))
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
             try:
-                with pytest.raises(OSError, match="Too many open files"):
-                    while True:
-                        spare.append(os.dup(0))
+                while len(os.listdir("/proc/self/fd")) < highest + 1:  # listing takes one descriptor for itself
+                    spare.append(os.dup(0))
                 await asyncio.get_running_loop().sock_connect(waiting, server.address)
                 await until(lambda: server.delivery.accept_pauses)
                 server.publish()
@@ -545,7 +547,7 @@ def test_running_out_of_file_descriptors_pauses_accepting_and_loses_nobody() -> 
                 for fd in spare:
                     os.close(fd)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            client = Client(waiting)
+            server.clients.append(client := Client(waiting))
             await client.send(b"{}\n")
             assert json.loads(await client.line())["next"] == 2
 
@@ -566,50 +568,67 @@ def test_close_ends_every_connection_and_frees_the_port() -> None:
     run(test())
 
 
-async def count_in_order(client: Client, newest: int) -> int:
-    """How many records came, each the successor of the one before, until `newest`; keeps none of them."""
-    count = 0
-    while count < newest:
+class Tally:
+    """Counts what many clients have received, and wakes whoever waits for a total."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._wanted = 0
+        self._reached = asyncio.Event()
+
+    def add(self) -> None:
+        self.total += 1
+        if self.total == self._wanted:
+            self._reached.set()
+
+    async def reaches(self, total: int) -> None:
+        self._wanted = total
+        self._reached.clear()
+        if self.total < total:
+            await self._reached.wait()
+
+
+async def count_in_order(client: Client, newest: int, tally: Tally) -> None:
+    """Each record must be the successor of the one before, until `newest`; none is kept."""
+    expected = 1
+    while expected <= newest:
         item = await client.item()
         if isinstance(item, Record):
-            count += 1
-            assert item.sequence == count
+            assert item.sequence == expected
+            expected += 1
+            tally.add()
         else:
             assert isinstance(item, Heartbeat)
-    return count
 
 
 def test_of_1000_subscribers_ten_stall_and_every_other_gets_every_block_in_order_in_flat_memory() -> None:
-    async def join_many(server: Server, count: int, buffer: int | None, tiers: Iterable[Tier]) -> list[Client]:
-        names = [tier.label for tier in tiers]
-        return [await server.join(receive_buffer=buffer, key=names[n % len(names)]) for n in range(count)]
+    blocks = 30
 
     async def test() -> None:
-        async with serving(slots=512, send_buffer=TINY, write_deadline_ns=dict.fromkeys(Tier, MS)) as server:
-            stalled = await join_many(server, 10, TINY, Tier)
-            healthy = await join_many(server, 990, None, Tier)
-            counting = [asyncio.ensure_future(count_in_order(client, 60)) for client in healthy]
+        async with serving(slots=64, send_buffer=TINY, write_deadline_ns=dict.fromkeys(Tier, MS)) as server:
+            keys = [tier.label for tier in Tier]
+            for number in range(10):
+                await server.join(receive_buffer=TINY, key=keys[number % 5], format="json")  # larger frames
+            healthy = [await server.join(key=keys[number % 5]) for number in range(990)]
+            tally = Tally()
+            counting = [asyncio.ensure_future(count_in_order(client, blocks, tally)) for client in healthy]
             held: list[int] = []
             tracemalloc.start()
             try:
-                for number in range(1, 61):
+                for block in range(1, blocks + 1):
                     server.publish()
-                    # TINY send buffers hold few records: nobody healthy may be left behind by this test's own loop.
-                    await until(lambda: all(not client.decoder.unfinished for client in healthy))
-                    await until(lambda: sum(s.idle for r in server.delivery._rosters for s in r) >= 990)
-                    await asyncio.sleep(0.002)
-                    if number % 20 == 0:
+                    await tally.reaches(990 * block)
+                    if block % 10 == 0:
                         gc.collect()
                         held.append(tracemalloc.get_traced_memory()[0])
             finally:
                 tracemalloc.stop()
-            assert await asyncio.gather(*counting) == [60] * 990
-            ended = [sum(server.ended(tier).values()) for tier in Tier]
-            waiting = sum(s.backlog for r in server.delivery._rosters for s in r)
-            assert sum(ended) + waiting == 60 * 1000
-            lost = sum(server.ended(tier)["dropped"] + server.ended(tier)["overwritten"] for tier in Tier)
-            assert lost > 10 * 20  # the stalled ones did stall
-            assert held[-1] - held[0] < 200_000  # 200 bytes a subscriber over 40 blocks
-            assert len(stalled) == 10
+            await asyncio.gather(*counting)
+            ended = {tier: server.ended(tier) for tier in Tier}
+            waiting = sum(subscriber.backlog for roster in server.delivery._rosters for subscriber in roster)
+            assert sum(sum(ends.values()) for ends in ended.values()) + waiting == blocks * 1000
+            lost = [ends["dropped"] + ends["overwritten"] for ends in ended.values()]
+            assert min(lost) > blocks // 3  # two stalled in each tier, after a buffer full
+            assert held[-1] - held[0] < 200_000  # 200 bytes a subscriber over 20 blocks
 
     run(test())

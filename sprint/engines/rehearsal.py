@@ -1,0 +1,119 @@
+"""Keeps the path from a packet to the ring warm: a dummy block through the very same functions, to no effect outside.
+
+A rehearsal has a TCP connection, an upstream, a relay, a chain and a ring of its own, on regtest, where blocks cost
+nothing. What it runs is what a real announcement runs: recv, framing, checksum, parsing, hashing, the chain's rules, the
+record, the ring, the wake-up. It shares nothing with the real ones but the code and the processor's caches.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from sprint.bitcoin.connection import Connection, ConnectionConfig, Phase, Role
+from sprint.bitcoin.framing import encode_frame
+from sprint.bitcoin.networks import NETWORKS
+from sprint.broadcaster import Broadcaster
+from sprint.chain import HeaderChain
+from sprint.channels import EventChannel
+from sprint.errors import HostError
+from sprint.events import PeerReady, Sighting, Source
+from sprint.regtest import RegtestChain
+from sprint.relay import Relay
+from sprint.ring import Ring, RingWriter, size_for
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from sprint.sources import Heard
+
+    class Listens(Protocol):
+        """An upstream, as the source p2p has them."""
+
+        socket: socket.socket | None
+
+        @property
+        def ready(self) -> bool:
+            """The handshake is complete."""
+
+        def on_writable(self, now_ns: int) -> list[Heard]:
+            """The socket has connected, or takes more."""
+
+        def on_readable(self, buffer: memoryview) -> list[Heard]:
+            """Read once."""
+
+
+BLOCKS = 128
+"""Mined once, about 10 ms; after the last one the rehearsal begins anew with an empty chain."""
+_BUFFER_SIZE = 1 << 14
+_HANDSHAKE_TURNS = 64
+_TIMEOUT_S = 2.0
+_RING_SLOTS = 8
+_PEER = "rehearsal"
+
+
+class Rehearsal:
+    """A scratch relay and the announcements to feed it. perform() takes about as long as a real block does."""
+
+    def __init__(self, upstream: Listens, theirs: socket.socket) -> None:
+        """`upstream` is connecting, on regtest, to `theirs`. Raises HostError when the handshake fails."""
+        network = NETWORKS["regtest"]
+        self._upstream = upstream
+        self._theirs = theirs
+        self._buffer = memoryview(bytearray(_BUFFER_SIZE))
+        blocks = RegtestChain().extend(BLOCKS, int(time.time()))
+        self._frames = [encode_frame(network.magic, "cmpctblock", block.compact(0).encode()) for block in blocks]
+        ring = Ring.create(bytearray(size_for(_RING_SLOTS)), _RING_SLOTS, 1)
+        self._channel = EventChannel()
+        self._broadcaster = Broadcaster(RingWriter(ring), network.magic, [self._channel], time.monotonic_ns)
+        self._next = 0
+        self._relay = _caught_up_relay()
+        self._shake_hands()
+        self.performed = 0
+
+    def perform(self) -> None:
+        """Run the path once."""
+        if self._next == len(self._frames):
+            self._next = 0
+            self._relay = _caught_up_relay()
+        self._theirs.send(self._frames[self._next])
+        self._next += 1
+        now_ns = time.monotonic_ns()
+        for heard in self._upstream.on_readable(self._buffer):
+            if isinstance(heard, Sighting):
+                for block in self._relay.offer(heard, now_ns, time.time_ns()):
+                    self._broadcaster.write(block)
+                    self._broadcaster.wake()
+                    self.performed += 1
+        self._channel.drain()
+        self._relay.take_journal()
+        self._relay.take_headers()
+
+    def close(self) -> None:
+        """Close both ends."""
+        if self._upstream.socket is not None:
+            self._upstream.socket.close()
+        self._theirs.close()
+
+    def _shake_hands(self) -> None:
+        """Both sides of the handshake, in one thread."""
+        config = ConnectionConfig(network=NETWORKS["regtest"], role=Role.RESPONDER)
+        peer = Connection(config, 0, time.monotonic_ns(), int(time.time()))
+        self._theirs.settimeout(_TIMEOUT_S)
+        self._upstream.on_writable(time.monotonic_ns())
+        for _ in range(_HANDSHAKE_TURNS):
+            if self._upstream.ready and peer.phase is Phase.READY:
+                self._theirs.setblocking(False)
+                return
+            peer.receive_data(self._theirs.recv(_BUFFER_SIZE), time.monotonic_ns())
+            self._theirs.sendall(peer.data_to_send())
+            self._upstream.on_readable(self._buffer)
+        raise HostError("the rehearsal's handshake did not complete")
+
+
+def _caught_up_relay() -> Relay:
+    relay = Relay(HeaderChain(NETWORKS["regtest"]))
+    relay.peer_ready(PeerReady(Source.P2P, _PEER, 0), 0)
+    relay.take_wants()
+    return relay

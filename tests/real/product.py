@@ -1,0 +1,390 @@
+"""Sprint as its operator runs it: the real command in a process of its own, and subscribers that look at it from outside.
+
+Owns that process, what it logs, and the subscribers' threads. Rules: all that is known of the product comes by its
+environment, its log, HTTP and the stream; every wait is bounded and says what was awaited; and no Sprint outlives its
+test: the kernel ends it with the test process, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sprint import config
+from sprint.client import events
+from sprint.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+Event = dict[str, Any]
+"""A record or a loss as the JSON format shows it."""
+
+START_TIMEOUT_S = 30.0  # one second here; a loaded two-core machine may take many times that
+STOP_TIMEOUT_S = 20.0
+WAIT_TIMEOUT_S = 30.0
+POLL_INTERVAL_S = 0.02
+MAX_LOG_LINES = 20_000
+JSON_HELLO = b'{"format":"json"}\n'
+COMMAND = (sys.executable, "-m", "sprint")
+
+
+class ProductError(Exception):
+    """Sprint did not do what was awaited in time. The text holds the end of its log."""
+
+
+class Product:
+    """`sprint run` on free loopback ports, as a context manager that starts and ends it.
+
+    `nodes` are the upstreams' addresses, `settings` further environment variables. `folder` is its own: DATA_DIR is
+    `folder`/data, so that a second Product in the same folder is the same Sprint, restarted.
+    """
+
+    def __init__(self, folder: Path, *nodes: str, tier: str = "turbo", **settings: str) -> None:
+        self.data_dir = folder / "data"
+        self.log: deque[str] = deque(maxlen=MAX_LOG_LINES)
+        """The lines of its log, of all its lives."""
+        self.api = ""
+        self.stream = ""
+        self._settings = {
+            "TIER": tier,
+            "NETWORK": "regtest",
+            "BITCOIN_NODE": ",".join(nodes),
+            "DATA_DIR": str(self.data_dir),
+            "API_BIND": "127.0.0.1:0",
+            "STREAM_BIND": "127.0.0.1:0",
+            "LOG_FORMAT": "json",
+            **settings,
+        }
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ProductError("Sprint is not running")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it and wait until it listens; with text logs, until it says anything at all."""
+        if self._process is not None:
+            raise ProductError("Sprint is running already")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.api = self.stream = ""
+        self._process = subprocess.Popen(
+            [*dying_with_us(), *COMMAND, "run"],
+            cwd=self._folder,
+            env=environment(self._settings),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read_log, args=(self._process,), daemon=True)
+        self._reader.start()
+        if self._settings["LOG_FORMAT"] == "json":
+            self._await(lambda: bool(self.stream), "that it listens", START_TIMEOUT_S)
+
+    def wait_until_healthy(self) -> Event:
+        """Wait until blocks can be relayed; returns the answer of /api/health."""
+        return self.wait_for("health", lambda answer: answer["status"] == "ok", "health")
+
+    def ask_raw(self, path: str) -> tuple[int, str]:
+        """Status and body of one answer of the API."""
+        try:
+            with urllib.request.urlopen(f"http://{self.api}/api/{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def ask(self, path: str) -> Any:
+        """One answer of the API, a 503's included."""
+        return json.loads(self.ask_raw(path)[1])
+
+    def sources(self) -> dict[str, Event]:
+        """/api/sources by name."""
+        return {source["name"]: source for source in self.ask("sources")["sources"]}
+
+    def wait_for(self, path: str, condition: Callable[[Any], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> Any:
+        """Ask the API until its answer fulfils the condition; returns that answer."""
+        deadline = time.monotonic() + timeout_s
+        answer: Any = None
+        while self.running and time.monotonic() < deadline:
+            answer = self.ask(path)
+            if condition(answer):
+                return answer
+            time.sleep(POLL_INTERVAL_S)
+        raise ProductError(f"not within {timeout_s:g} s: {what}; {path} says {answer}\n{self.log_tail()}")
+
+    def wait_for_subscribers(self, count: int) -> None:
+        """Wait until so many subscribers are counted."""
+        self.wait_for("health", lambda answer: sum(answer["subscribers"].values()) == count, f"{count} subscribers")
+
+    def wait_for_log(self, words: str, *, occurrences: int = 1) -> str:
+        """Wait for a line of the log with these words; returns the last one."""
+
+        def found() -> list[str]:
+            return [line for line in list(self.log) if words in line]
+
+        self._await(lambda: len(found()) >= occurrences, f"{words!r} in the log", WAIT_TIMEOUT_S)
+        return found()[-1]
+
+    def log_tail(self) -> str:
+        """The last lines of what it logged."""
+        return "\n".join(list(self.log)[-40:])
+
+    def resident_kb(self) -> tuple[int, int]:
+        """Resident memory now, and its highest since the start, in kB."""
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
+        return int(fields["VmRSS"].split()[0]), int(fields["VmHWM"].split()[0])
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Its exit code, once it has ended by itself."""
+        process = self._process
+        if process is None:
+            raise ProductError("Sprint is not running")
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ProductError(f"Sprint has not ended within {timeout_s:g} s\n{self.log_tail()}") from None
+        self._reap()
+        return code
+
+    def stop(self) -> int:
+        """End it as its operator would; returns the exit code."""
+        os.kill(self.pid, signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is flushed, nothing is said."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._reap()
+
+    def _await(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not condition():
+                if not self.running or time.monotonic() > deadline:
+                    state = "not within the time" if self.running else "Sprint has ended"
+                    raise ProductError(f"{state}: {what}\n{self.log_tail()}")
+                self._changed.wait(0.1)
+
+    def _read_log(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            with self._changed:
+                self.log.append(line.rstrip("\n"))
+                if '"Listening"' in line:
+                    entry = json.loads(line)
+                    self.api, self.stream = entry["api"], entry["stream"]
+                self._changed.notify_all()
+
+    def _reap(self) -> None:
+        process, self._process = self._process, None
+        if self._reader is not None:
+            self._reader.join(STOP_TIMEOUT_S)
+        if process is not None and process.stderr is not None:
+            process.stderr.close()
+
+
+class EventLog:
+    """What one subscriber was told, gathered in a thread; `events` grows, heartbeats are only counted."""
+
+    def __init__(self, told: Iterable[Event]) -> None:
+        self.events: list[Event] = []
+        self.heartbeats: list[Event] = []
+        self.ended: str | None = None
+        """Why there will be no more."""
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._gather, args=(told,), daemon=True)
+        self._thread.start()
+
+    def wait_until(self, condition: Callable[[list[Event]], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> None:
+        """Wait until the events so far fulfil the condition."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not condition(self.events):
+                left_s = deadline - time.monotonic()
+                if self.ended is not None or left_s <= 0:
+                    told = [(one["event"], one.get("height")) for one in self.events[-20:]]
+                    raise ProductError(f"not within {timeout_s:g} s (ended: {self.ended}): {what}; told were {told}")
+                self._changed.wait(min(left_s, 0.5))
+
+    def wait_for_hashes(self, name: str, hashes: Iterable[str], timeout_s: float = WAIT_TIMEOUT_S) -> None:
+        """Wait until each of these hashes had its event of that name."""
+        wanted = set(hashes)
+        self.wait_until(lambda _: wanted <= set(self.hashes(name)), f"{name} of {len(wanted)} blocks", timeout_s)
+
+    def wait_until_ended(self, timeout_s: float = WAIT_TIMEOUT_S) -> None:
+        """Wait until the stream has ended."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise ProductError(f"the stream has not ended within {timeout_s:g} s")
+
+    def wait_for_heartbeat(self) -> Event:
+        """The next heartbeat: everything that was published before it has been told by now."""
+        count = len(self.heartbeats)
+        self.wait_until(lambda _: len(self.heartbeats) > count, "a heartbeat")
+        return self.heartbeats[-1]
+
+    def hashes(self, name: str) -> list[str]:
+        """The hashes of the events of that name, in order."""
+        return [one["hash"] for one in list(self.events) if one["event"] == name]
+
+    def of(self, name: str) -> list[Event]:
+        """The events of that name, in order."""
+        return [one for one in list(self.events) if one["event"] == name]
+
+    def _gather(self, told: Iterable[Event]) -> None:
+        why = "end of the stream"
+        try:
+            for one in told:
+                with self._changed:
+                    (self.heartbeats if one["event"] == "heartbeat" else self.events).append(one)
+                    self._changed.notify_all()
+        except Exception as error:
+            why = repr(error)
+        with self._changed:
+            self.ended = why
+            self._changed.notify_all()
+
+
+class JsonStream(EventLog):
+    """A subscriber as `nc` would be one: a plain socket and lines of JSON. `answer` is what the hello was answered."""
+
+    def __init__(self, address: str, hello: bytes = JSON_HELLO, *, half_close: bool = False) -> None:
+        self.sock = connect(address)
+        self.sock.sendall(hello)
+        if half_close:
+            self.sock.shutdown(socket.SHUT_WR)
+        self.sock.settimeout(None)
+        self._file = self.sock.makefile("rb")
+        self.answer: Event = json.loads(self._file.readline() or b"{}")
+        super().__init__(json.loads(line) for line in self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the server was faster
+        self._thread.join(STOP_TIMEOUT_S)
+        self._file.close()
+        self.sock.close()
+
+
+class ClientStream(EventLog):
+    """A subscriber by `sprint.client`: binary, each header's work checked. Ends with the connection."""
+
+    def __init__(self, address: str) -> None:
+        self._subscribed = threading.Event()
+        super().__init__(self._told(address))
+        if not self._subscribed.wait(WAIT_TIMEOUT_S):
+            raise ProductError(f"sprint.client was not accepted: {self.ended}")
+
+    def _told(self, address: str) -> Iterator[Event]:
+        for item in events(address, reconnect=False):
+            self._subscribed.set()
+            if isinstance(item, Record):
+                yield item.as_dict()
+
+
+class CommandStream(EventLog):
+    """A subscriber that is a command whose standard output is a line of JSON an event, such as `sprint watch --json`."""
+
+    def __init__(self, *command: str, stdin: bytes | None = None) -> None:
+        self._process = subprocess.Popen(
+            [*dying_with_us(), *command],
+            env=environment({}),
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        if stdin is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.write(stdin)
+            self._process.stdin.close()
+        lines = (json.loads(line) for line in self._process.stdout)
+        super().__init__(line for line in lines if "event" in line)  # the first of a raw stream answers the hello
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join(STOP_TIMEOUT_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def connect(address: str) -> socket.socket:
+    """A blocking connection to host:port, ten seconds its longest wait."""
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """Our own environment, but of Sprint's variables only these."""
+    ours = {variable.name for variable in config.variables()}
+    return {name: value for name, value in os.environ.items() if name not in ours} | settings
+
+
+def dying_with_us() -> list[str]:
+    """What to put before a command so that the kernel ends it with us."""
+    setpriv = shutil.which("setpriv")
+    return [] if setpriv is None else [setpriv, "--pdeathsig", "KILL"]
+
+
+def run_sprint(*arguments: str, timeout_s: float = 60.0, **settings: str) -> subprocess.CompletedProcess[str]:
+    """One run of the command to its end, with what it printed."""
+    return subprocess.run(
+        [*dying_with_us(), *COMMAND, *arguments],
+        env=environment(settings),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
