@@ -44,7 +44,7 @@ def parse_address(text: str, default_port: int | None = None, *, lowest_port: in
         if colon and not port_text:
             raise ValueError("a port is missing behind the colon")
     if not _is_host(host, ipv6=ipv6):
-        raise ValueError("expected host:port" if not ipv6 else "expected an IPv6 address, [address]:port")
+        raise ValueError("expected host:port or [IPv6 address]:port" if ipv6 else "expected host:port")
     if not port_text:
         if default_port is None:
             raise ValueError("a port is missing: expected host:port")

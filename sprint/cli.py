@@ -161,20 +161,33 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: wire.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: ring, stream or wire.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it, too: ring and stream.")
+    ] = None,
+    subscribers: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="stream: the largest number. Default: 10,000.")
+    ] = None,
 ) -> None:
     """Measure, beside others in the same run.
 
     Progress goes to standard error.
     """
     with _reporting():
-        from sprint.bench.run import BENCHMARKS, report  # noqa: PLC0415
+        from sprint.bench.run import BENCHMARKS, Options, report  # noqa: PLC0415
 
+        wrong = None
         if name not in BENCHMARKS:
-            print(f"sprint: no benchmark {name!r}: one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+            wrong = f"no benchmark {name!r}: one of {', '.join(BENCHMARKS)}"
+        elif plot is not None and BENCHMARKS[name].plot is None:
+            wrong = f"--plot: nothing to draw of {name}"
+        elif subscribers is not None and not BENCHMARKS[name].takes_subscribers:
+            wrong = f"--subscribers: {name} has none"
+        if wrong:
+            print(f"sprint: {wrong}", file=sys.stderr)
             raise SystemExit(2)
-        report(name, as_json=as_json)
+        report(name, Options(subscribers), as_json=as_json, plot=plot)
 
 
 def _get(url: str) -> Any:

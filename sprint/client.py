@@ -25,7 +25,7 @@ from sprint.frames import FrameDecoder, Heartbeat, Item, json_line
 from sprint.record import Record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Generator
 
     from sprint.addresses import Address
 
@@ -86,12 +86,14 @@ class ClientProtocol:
         self._answer = b""
         self._answered = False
         self._deadline_ns = 0
+        self._broken: SprintError | None = None
 
     def connected(self, now_ns: int) -> bytes:
         """A connection stands: the hello to send on it. It asks for what came after the last record received."""
         self._decoder = FrameDecoder()
         self._answer = b""
         self._answered = False
+        self._broken = None
         self._deadline_ns = now_ns + ANSWER_TIMEOUT_NS
         hello: dict[str, object] = {}
         if self._key is not None:
@@ -109,26 +111,40 @@ class ClientProtocol:
 
         Raises SubscriptionRefusedError or ServerFullError when the server doesn't want us, UnprovenRecordError for a
         record without proof of work, and RemoteProtocolError for anything else that breaks the protocol, heartbeats
-        included that tell of records which never came: the connection must be given up, and a new one resumes.
+        included that tell of records which never came: the connection must be given up, and a new one resumes. What
+        came before the error is returned first; the next call, with no bytes if need be, then raises it.
         """
+        if self._broken is not None:
+            raise self._broken
         items: list[Item | Subscribed] = []
+        try:
+            self._receive(data, now_ns, items)
+        except SprintError as error:
+            if not items:
+                raise
+            self._broken = error
+        return items
+
+    def _receive(self, data: bytes, now_ns: int, items: list[Item | Subscribed]) -> None:
         if not self._answered:
             self._answer += data
             line, newline, data = self._answer.partition(b"\n")
             if len(line) > MAX_ANSWER:
                 raise RemoteProtocolError(f"answer to the hello longer than {MAX_ANSWER} bytes")
             if not newline:
-                return items
+                return
             self._answer = b""
             items.append(self._subscribed(line))
             self._answered = True
             self._deadline_ns = now_ns + SILENCE_TIMEOUT_NS
-        for item in self._decoder.receive(data):
+        came = bool(data)
+        while decoded := self._decoder.receive(data):
+            data = b""
             self._deadline_ns = now_ns + SILENCE_TIMEOUT_NS
-            items.extend(self._checked(item))
-        if now_ns >= self._deadline_ns:
+            for item in decoded:
+                items.extend(self._checked(item))
+        if came and now_ns >= self._deadline_ns:
             raise RemoteProtocolError("bytes came, but for too long no frame that says anything")
-        return items
 
     def _subscribed(self, line: bytes) -> Subscribed:
         answer = _object(line)
@@ -196,7 +212,7 @@ def connect(
     reconnect: bool = True,
     check_proof: bool = True,
     on_lost: Callable[[Lapped], None] | None = None,
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     """Records as they come, each once, from now on or from sequence `since`; blocks between them.
 
     A lost connection is made again, and resumes behind the last record. `on_lost` is told, between the records where
@@ -218,7 +234,7 @@ def events(
     since: int | None = None,
     reconnect: bool = True,
     check_proof: bool = True,
-) -> Iterator[Item | Subscribed]:
+) -> Generator[Item | Subscribed, None, None]:
     """As connect(), with everything that the stream says: Subscribed after each connect, losses, heartbeats."""
     where = parse_address(address, DEFAULT_PORT)
     protocol = ClientProtocol(key=key, since=since, check_proof=check_proof)
@@ -240,9 +256,10 @@ def _one_connection(
                 data = sock.recv(_READ)
                 if not data:
                     raise ConnectionLostError(f"{where} closed the connection")
-                for item in protocol.receive(data, time.monotonic_ns()):
+                while items := protocol.receive(data, time.monotonic_ns()):
+                    data = b""
                     pauses.reset()
-                    yield item
+                    yield from items
     except _TROUBLE as error:
         return pauses.after(error)
 
@@ -288,9 +305,11 @@ async def events_async(
                     data = await asyncio.wait_for(reader.read(_READ), _seconds_left(protocol))
                     if not data:
                         raise ConnectionLostError(f"{where} closed the connection")
-                    for item in protocol.receive(data, time.monotonic_ns()):
+                    while items := protocol.receive(data, time.monotonic_ns()):
+                        data = b""
                         pauses.reset()
-                        yield item
+                        for item in items:
+                            yield item
         except _TROUBLE as error:
             pause_s = pauses.after(error)
         await asyncio.sleep(pause_s)

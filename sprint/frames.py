@@ -108,6 +108,7 @@ class FrameDecoder:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._broken: RemoteProtocolError | None = None
 
     @property
     def unfinished(self) -> int:
@@ -118,24 +119,36 @@ class FrameDecoder:
         """The items that these bytes complete; frames of unknown types are passed over.
 
         Raises RemoteProtocolError for an empty frame, one longer than MAX_FRAME, a body of the wrong length and a
-        record that is none; nothing more can be decoded after that.
+        record that is none: at once if nothing came before it, else by the next call, so that no item is lost.
         """
-        data = self._rest + data
+        if self._broken is not None:
+            raise self._broken
         items: list[Item] = []
-        at = 0
-        while len(data) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(data, at)
-            if not 0 < length <= MAX_FRAME:
-                raise RemoteProtocolError(f"frame of {length} bytes: expected 1 to {MAX_FRAME}")
-            end = at + _LENGTH.size + length
-            if len(data) < end:
-                break
-            item = _decode(data[at + _LENGTH.size], data[at + HEAD.size : end])
-            if item is not None:
-                items.append(item)
-            at = end
-        self._rest = data[at:]
+        try:
+            self._rest = _decode_all(self._rest + data, items)
+        except RemoteProtocolError as error:
+            if not items:
+                raise
+            self._rest = b""
+            self._broken = error
         return items
+
+
+def _decode_all(data: bytes, items: list[Item]) -> bytes:
+    """Adds what whole frames say to `items`, and returns the bytes behind them."""
+    at = 0
+    while len(data) - at >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(data, at)
+        if not 0 < length <= MAX_FRAME:
+            raise RemoteProtocolError(f"frame of {length} bytes: expected 1 to {MAX_FRAME}")
+        end = at + _LENGTH.size + length
+        if len(data) < end:
+            break
+        item = _decode(data[at + _LENGTH.size], data[at + HEAD.size : end])
+        if item is not None:
+            items.append(item)
+        at = end
+    return data[at:]
 
 
 def _decode(number: int, body: bytes) -> Item | None:

@@ -87,7 +87,7 @@ class Record:
             "header": self.header.hex(),
             "state": state_names(self.state),
             "source": self.source.name.lower(),
-            "time": self.wall_ns / 1e9,
+            "time": self.wall_ns / 1_000_000_000,
             "seen_ns": self.seen_ns,
             "published_ns": self.published_ns,
             "transactions": self.transactions,

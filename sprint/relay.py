@@ -12,7 +12,7 @@ without a header, and the blocks whose state is remembered.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -149,8 +149,8 @@ class Relay:
             known = self._known.get(record.hash)
             if known is None:
                 known = _Known(
-                    record.hash, record.header, record.height, record.state, record.source, "",
-                    record.transactions, record.size, record.seen_ns,
+                    record.hash, record.header, record.height, record.next_bits, record.median_time_past, record.state,
+                    record.source, "", record.transactions, record.size, record.seen_ns,
                 )  # fmt: skip
                 self._remember(known)
             known.state = record.state
@@ -261,10 +261,11 @@ class Relay:
         return ()
 
     def _claim(self, sighting: Sighting) -> None:
-        if sighting.hash not in self._claims:
-            self._claims[sighting.hash] = sighting
-            if len(self._claims) > MAX_CLAIMS:
-                self._claims.popitem(last=False)
+        first = self._claims.setdefault(sighting.hash, sighting)
+        if sighting.validated and not first.validated:
+            self._claims[sighting.hash] = replace(first, validated=True)
+        if len(self._claims) > MAX_CLAIMS:
+            self._claims.popitem(last=False)
 
     def _prove_from(self, run: HeaderRun, header: bytes, reorg: Reorg | None, wall_ns: int) -> list[Block]:
         """PROVEN for a new header of an answer; what nobody had announced was found late, in a catch-up."""

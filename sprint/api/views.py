@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprint.errors import RemoteProtocolError
 from sprint.events import Announcement, Source, State
+from sprint.ledger import REJECT_INDEX
 from sprint.record import MAGIC, decode, state_names
 from sprint.status import BLOCKS, MARKS, quantile_ns
 from sprint.tiers import NS_PER_S, NS_PER_US, Tier
@@ -44,6 +45,9 @@ def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, An
         problems.append(
             f"header chain: at height {relay.tip_height}, not caught up with an upstream; nothing is published before"
         )
+    missing = [_text(row.name) for row in status.layout.processes if row.name and not row.pid]
+    if missing:
+        problems.append(f"processes: being restarted: {', '.join(missing)}")
     return {
         "status": "unhealthy" if problems else "ok",
         "problems": problems,
@@ -59,6 +63,17 @@ def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, An
         "heartbeat_age_seconds": round(age_ns / NS_PER_S, 3) if heartbeat_ns else None,
         "upstreams_connected": connected,
         "subscribers": _subscribers(status),
+        "processes": [
+            {"name": _text(row.name), "pid": int(row.pid) or None, "restarts": int(row.restarts)}
+            for row in status.layout.processes
+            if row.name
+        ],
+        "optimizations": [
+            {"name": _text(row.name), "applied": bool(row.applied), "detail": _text(row.detail)}
+            for row in status.layout.steps
+            if row.name
+        ],
+        "rejected": {reason.value: int(relay.rejected[index]) for reason, index in REJECT_INDEX.items()},
     }
 
 

@@ -6,18 +6,39 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from sprint.bench.plots import plot_ring, plot_stream, require_matplotlib
+from sprint.errors import HostError
+
 Result = dict[str, dict[str, Any]]
 Advance = Callable[[str, int, int], None]
 
 
-def wire(progress: Advance) -> Result:
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says beyond the name; None: the benchmark's own default."""
+
+    subscribers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One that `sprint bench` knows."""
+
+    run: Callable[[Advance, Options], Result]
+    plot: Callable[[Mapping[str, Any], Path], None] | None = None
+    """Draws the whole printed object into a PNG file."""
+    takes_subscribers: bool = False
+
+
+def wire(progress: Advance, _options: Options) -> Result:
     """Messages parsed a second beside python-bitcoinlib on the same bytes; headers verified a second; their memory."""
     from sprint.bench.wire_headers import measure_headers  # noqa: PLC0415 - only this benchmark needs its parts
     from sprint.bench.wire_messages import messages_per_second  # noqa: PLC0415
@@ -38,7 +59,25 @@ def wire(progress: Advance) -> Result:
     }
 
 
-BENCHMARKS: dict[str, Callable[[Advance], Result]] = {"wire": wire}
+def ring(progress: Advance, _options: Options) -> Result:
+    """A record's hop between two processes by our ring, beside Queue, pipe, Unix datagram socket and iceoryx2."""
+    from sprint.bench.ring import measure_ring  # noqa: PLC0415
+
+    return measure_ring(progress)
+
+
+def stream(progress: Advance, options: Options) -> Result:
+    """One record to up to 10,000 TCP subscribers, beside a bare loop of send() over the same sockets."""
+    from sprint.bench.stream import SIZES, measure_stream  # noqa: PLC0415
+
+    return measure_stream(progress, SIZES[-1] if options.subscribers is None else options.subscribers)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "ring": Benchmark(ring, plot_ring),
+    "stream": Benchmark(stream, plot_stream, takes_subscribers=True),
+    "wire": Benchmark(wire),
+}
 
 
 def machine() -> dict[str, Any]:
@@ -52,8 +91,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, *, as_json: bool) -> None:
-    """Run the benchmark of that name and print what it found; progress goes to standard error."""
+def report(name: str, options: Options, *, as_json: bool, plot: Path | None = None) -> None:
+    """Run the benchmark of that name and print what it found; progress goes to standard error.
+
+    `plot`: draw it into that file too. Raises HostError, before anything is measured, where that can't be done.
+    """
+    if plot is not None:
+        require_matplotlib()
+        if not plot.parent.is_dir():
+            raise HostError(f"--plot {plot}: no directory {plot.parent}")
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
@@ -63,7 +109,10 @@ def report(name: str, *, as_json: bool) -> None:
                 tasks[step] = bar.add_task(step, total=total)
             bar.update(tasks[step], completed=done, total=total)
 
-        result: dict[str, Any] = {"bench": name, "machine": machine(), **BENCHMARKS[name](advance)}
+        result: dict[str, Any] = {"bench": name, "machine": machine(), **BENCHMARKS[name].run(advance, options)}
+    draw = BENCHMARKS[name].plot
+    if plot is not None and draw is not None:
+        draw(result, plot)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return

@@ -6,7 +6,7 @@ into a histogram's buckets by bisection, at a tenth of the cost of counting one 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from operator import sub
 from typing import TYPE_CHECKING
 
@@ -23,21 +23,22 @@ class SortedHistogram(Histogram):
 
     __slots__ = ()
 
-    def record_sorted(self, latencies: list[int]) -> None:
-        """Count all of these nanoseconds, given in ascending order; negative ones count as 0."""
-        if not latencies:
+    def record_sorted(self, times: list[int], origin: int = 0) -> None:
+        """Count the nanoseconds from `origin` to each of `times`, which ascend; negative ones count as 0."""
+        if not times:
             return
-        if latencies[0] < 0:
-            latencies = [max(0, ns) for ns in latencies]
         words = self._words
-        words[0] += len(latencies)
-        words[1] += sum(latencies)
-        words[2] = max(words[2], latencies[-1])
+        count = len(times)
+        words[0] += count
+        words[2] = max(words[2], times[-1] - origin)
+        if times[0] < origin:
+            times = [max(origin, at) for at in times]
+        words[1] += sum(times) - count * origin
         at = 0
-        while at < len(latencies):
-            bucket = bucket_of(latencies[at])
+        while at < count:
+            bucket = bucket_of(times[at] - origin)
             last = bucket == HISTOGRAM_BUCKETS - 1
-            end = len(latencies) if last else bisect_right(latencies, bucket_upper_ns(bucket) - 1, at)
+            end = count if last else bisect_left(times, bucket_upper_ns(bucket) + origin, at)
             words[3 + bucket] += end - at
             at = end
 
@@ -70,9 +71,8 @@ class TierLedger:
         self.accounts.late += len(took) - on_time
         self._write_time.record_sorted(took)
         if seen_ns:
-            latencies = [at - seen_ns for at in ended]
-            self.accounts.over_target += len(ended) - bisect_right(latencies, self.profile.relay_target_ns)
-            self._relay_latency.record_sorted(latencies)
+            self.accounts.over_target += len(ended) - bisect_right(ended, seen_ns + self.profile.relay_target_ns)
+            self._relay_latency.record_sorted(ended, seen_ns)
 
     def delivered(self, started_ns: int, ended_ns: int, seen_ns: int) -> None:
         """Count one record handed to the kernel; `seen_ns` as in sent()."""

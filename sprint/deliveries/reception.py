@@ -32,7 +32,7 @@ LINGER_BYTES: Final = 1 << 16
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def listen(host: str, port: int, send_buffer: int, user_timeout_ms: int) -> socket.socket:
+def listen(host: str, port: int, *, send_buffer: int, user_timeout_ms: int, reuse_port: bool) -> socket.socket:
     """A listening socket whose options every accepted one inherits (Linux). Raises HostError if it can't be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -44,6 +44,8 @@ def listen(host: str, port: int, send_buffer: int, user_timeout_ms: int) -> sock
     try:
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -89,7 +89,8 @@ class Written(Enum):
 
 
 class Session(Generic[S]):
-    """The state of one subscriber. `idle` and `cursor` are what publish() looks at before it sends straight away."""
+    """The state of one subscriber. While `idle`, it is caught up: the cursor stands right behind what is published, and
+    publish() may send to it straight away, moving the cursor on."""
 
     __slots__ = ("_begun", "_begun_seen_ns", "_begun_sequence", "_begun_started_ns", "_behind_ns", "_expired", "_feed",
         "_ledger", "_lost", "_replay_until", "cursor", "form", "idle", "sock", "stalled_ns")  # fmt: skip

@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import socket
 import time
-from collections import deque
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
+from sprint.deliveries.catch_up import TOP_FIRST, CatchUp
 from sprint.deliveries.deadlines import Deadlines, Heartbeats
-from sprint.deliveries.hello import NOT_ACCEPTED, Hello, Refusal, welcome_line
+from sprint.deliveries.hello import NOT_ACCEPTED, Refusal, welcome_line
 from sprint.deliveries.ledger import TierLedger
 from sprint.deliveries.reception import Reception, listen
-from sprint.deliveries.session import Feed, Session, Written, latency_origin_ns
+from sprint.deliveries.session import Feed, Written, latency_origin_ns
+from sprint.deliveries.subscriber import Subscriber
 from sprint.frames import Format, Heartbeat, heartbeat_frame, record_frame
 from sprint.status import Histogram
-from sprint.tiers import NS_PER_MS, NS_PER_S, NS_PER_US, PROFILES, Tier
+from sprint.tiers import NS_PER_MS, NS_PER_S, PROFILES, Tier
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from sprint.deliveries.hello import Hello
     from sprint.ring import Ring
     from sprint.status import Delivery
 
@@ -45,36 +48,10 @@ MAX_EXTRA: Final = 1024
 
 _SLICE: Final = 16
 """Frames in one write to a subscriber that is catching up."""
-_TURN_NS: Final = 200 * NS_PER_US
-"""How long one turn of catching up lasts, so that a publication waits no longer than that for it."""
 _BATCH: Final = 16
 """Records sent in one go when several wait: all of them to one tier before the next tier's turn."""
 _PROBE_NS: Final = 100 * NS_PER_MS
 """After a client has half-closed: by then, the answer to a heartbeat has told whether it is gone altogether."""
-_TOP_FIRST: Final = tuple(sorted(Tier, reverse=True))
-
-
-class _Subscriber(Session[socket.socket]):
-    """A session with its socket, and its place in the delivery's lists."""
-
-    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued", "tier",
-        "timer_ns")  # fmt: skip
-
-    def __init__(
-        self, feed: Feed, ledger: TierLedger, hello: Hello, sock: socket.socket, network: str, extra: int
-    ) -> None:
-        super().__init__(feed, ledger, hello.format, sock, hello.since)
-        self.network = network
-        self.ledger = ledger
-        self.tier = ledger.profile.tier
-        self.extra = extra
-        self.place = 0  # in its tier's roster
-        self.beat_ns = 0
-        self.timer_ns = 0
-        self.blocked = False  # waits for the socket to become writable
-        self.queued = False  # waits for its slice
-        self.half_closed = False
-        self.closed = False
 
 
 class StreamDelivery:
@@ -117,12 +94,12 @@ class StreamDelivery:
         self._send_buffer = send_buffer
         self._feed = Feed(ring, clock)
         self._processing = Histogram(accounts.processing)
-        self._rosters: tuple[list[_Subscriber], ...] = tuple([] for _ in Tier)
+        self._rosters: tuple[list[Subscriber], ...] = tuple([] for _ in Tier)
         self._first = [0 for _ in Tier]
-        self._queues: tuple[deque[_Subscriber], ...] = tuple(deque() for _ in Tier)
-        self._draining = False
-        self._deadlines: Deadlines[_Subscriber]
-        self._heartbeats: Heartbeats[_Subscriber]
+        self._unsettled: list[tuple[TierLedger, list[int], list[int], int]] = []
+        self._deadlines: Deadlines[Subscriber]
+        self._heartbeats: Heartbeats[Subscriber]
+        self._catching_up: CatchUp
         self._loop: asyncio.AbstractEventLoop
         self._reception: Reception | None = None
 
@@ -131,13 +108,33 @@ class StreamDelivery:
         """How often accepting rested because the process was out of file descriptors or memory."""
         return self._reception.accept_pauses if self._reception else 0
 
+    @staticmethod
+    def listen(
+        host: str,
+        port: int,
+        *,
+        reuse_port: bool = False,
+        send_buffer: int = SEND_BUFFER,
+        stall_timeout_ns: int = STALL_TIMEOUT_NS,
+    ) -> socket.socket:
+        """A listening socket for serve(); with `reuse_port` several may share the address, one a process.
+
+        Raises HostError, naming address and reason, when it can't be bound.
+        """
+        user_timeout_ms = (stall_timeout_ns + _USER_TIMEOUT_MARGIN_NS) // NS_PER_MS
+        return listen(host, port, send_buffer=send_buffer, user_timeout_ms=user_timeout_ms, reuse_port=reuse_port)
+
     def start(self, loop: asyncio.AbstractEventLoop, host: str, port: int) -> tuple[str, int]:
-        """Listen; returns the bound address. Raises HostError, naming address and reason, when it can't be bound."""
-        user_timeout_ms = (self._stall_timeout_ns + _USER_TIMEOUT_MARGIN_NS) // NS_PER_MS
-        listener = listen(host, port, self._send_buffer, user_timeout_ms)
+        """Listen and serve; returns the bound address. Raises HostError as listen() does."""
+        listener = self.listen(host, port, send_buffer=self._send_buffer, stall_timeout_ns=self._stall_timeout_ns)
+        return self.serve(loop, listener)
+
+    def serve(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> tuple[str, int]:
+        """Serve those who connect to `listener`, one of listen()'s; close() closes it. Returns its address."""
         self._loop = loop
         self._deadlines = Deadlines(loop, self._clock, self._deadline)
         self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._turn_to_beat)
+        self._catching_up = CatchUp(loop, self._clock, self._write)
         self._reception = Reception(
             loop,
             listener,
@@ -160,6 +157,7 @@ class StreamDelivery:
                 self._end(subscriber)
         self._reception.close()
         self._reception = None
+        self._settle()
         self._deadlines.close()
         self._heartbeats.close()
 
@@ -167,6 +165,8 @@ class StreamDelivery:
         """The ring has grown: send what is new to everybody who is caught up, the highest tier first."""
         began = self._clock()
         feed = self._feed
+        if self._unsettled:
+            self._settle()  # publications follow each other without a turn of the loop between them
         while feed.sequence < (tail := self._ring.tail):
             first = feed.sequence + 1
             last = min(tail, feed.sequence + _BATCH)
@@ -176,38 +176,50 @@ class StreamDelivery:
                 break
             feed.publish(last, began)
             frames: list[list[bytes]] = [[record_frame(record, Format.BINARY), b""] for record in records]
-            for tier in _TOP_FIRST:
+            for tier in TOP_FIRST:
                 if self._rosters[tier]:
                     self._publish_to(tier, first, records, frames)
-        self._accounts.bytes_sent = feed.bytes_sent
+        if self._unsettled:
+            self._loop.call_soon(self._settle)
         self._processing.record(self._clock() - began)
+
+    def _settle(self) -> None:
+        """Count what publish() sent: afterwards, so that neither a lower tier nor the relay waits for the books."""
+        for ledger, times, failed, seen_ns in self._unsettled:
+            ledger.sent(times, failed, seen_ns)
+        self._unsettled.clear()
+        self._accounts.bytes_sent = self._feed.bytes_sent
 
     def _publish_to(self, tier: Tier, first: int, records: list[bytes], frames: list[list[bytes]]) -> None:
         roster, ledger = self._rosters[tier], self._ledgers[tier]
+        behind: list[Subscriber] = []
         for sequence, record, forms in zip(range(first, first + len(records)), records, frames, strict=True):
             self._first[tier] = start = (self._first[tier] + 1) % max(1, len(roster))
-            self._send_round(roster[start:] + roster[:start], ledger, sequence, record, forms)
+            turn = chain(islice(roster, start, None), islice(roster, start))
+            behind = self._send_round(turn, ledger, sequence, record, forms)
         worst = 0
-        for subscriber in roster:
-            if not subscriber.idle:
-                worst = max(worst, subscriber.backlog)
-                if subscriber.blocked:
-                    self._arm(subscriber)
+        for subscriber in behind:
+            worst = max(worst, subscriber.backlog)
+            if subscriber.blocked:
+                self._arm(subscriber)
         ledger.backlog(worst)
 
     def _send_round(
-        self, subscribers: list[_Subscriber], ledger: TierLedger, sequence: int, record: bytes, forms: list[bytes]
-    ) -> None:
-        """One record to all of one tier. One send() each; what is counted is counted afterwards, all at once."""
+        self, subscribers: Iterable[Subscriber], ledger: TierLedger, sequence: int, record: bytes, forms: list[bytes]
+    ) -> list[Subscriber]:
+        """One record to all of one tier who are caught up, by one send() each; returns those who are not."""
         clock = self._clock
         seen_ns = latency_origin_ns(record)
         failed: list[int] = []
+        behind: list[Subscriber] = []
+        dead: list[Subscriber] = []
         times = [clock()]
         returned = times.append
         total = 0
         after = sequence + 1
         for subscriber in subscribers:
-            if subscriber.cursor != sequence or not subscriber.idle:
+            if not subscriber.idle:
+                behind.append(subscriber)
                 continue
             frame = forms[subscriber.form]
             if not frame:
@@ -217,7 +229,7 @@ class StreamDelivery:
             except (BlockingIOError, InterruptedError):
                 sent = 0
             except OSError:
-                self._end(subscriber)
+                dead.append(subscriber)
                 sent = 0
             returned(clock())
             total += sent
@@ -225,11 +237,14 @@ class StreamDelivery:
                 subscriber.cursor = after
             else:
                 failed.append(len(times) - 2)
-                if not subscriber.closed:
-                    subscriber.interrupted(sequence, frame, sent, times[-2], seen_ns)
-                    self._refused(subscriber)
+                behind.append(subscriber)
+                subscriber.interrupted(sequence, frame, sent, times[-2], seen_ns)
+                self._refused(subscriber)
+        for subscriber in dead:
+            self._end(subscriber)
         self._feed.bytes_sent += total
-        ledger.sent(times, failed, seen_ns)
+        self._unsettled.append((ledger, times, failed, seen_ns))
+        return [subscriber for subscriber in behind if not subscriber.closed]
 
     def _overtaken(self, now_ns: int) -> None:
         """The ring was overwritten before it was published: everybody catches up with what is left of it."""
@@ -237,14 +252,14 @@ class StreamDelivery:
         for roster in self._rosters:
             for subscriber in roster:
                 subscriber.idle = False
-                self._enqueue(subscriber)
+                self._catching_up.add(subscriber)
 
     def _admit(self, sock: socket.socket, network: str, hello: Hello, extra: int) -> Refusal | None:
         tier = self._tier_of_key(hello.key)
         if tier is None:
             return Refusal(NOT_ACCEPTED)
         ledger, feed = self._ledgers[tier], self._feed
-        subscriber = _Subscriber(feed, ledger, hello, sock, network, extra)
+        subscriber = Subscriber(feed, ledger, hello, sock, network, extra)
         subscriber.write_line(
             welcome_line(
                 tier,
@@ -263,10 +278,10 @@ class StreamDelivery:
         ledger.accounts.subscribers += 1
         self._heartbeats.add(subscriber)
         self._loop.add_reader(sock, self._readable, subscriber)
-        self._enqueue(subscriber)
+        self._catching_up.add(subscriber)
         return None
 
-    def _end(self, subscriber: _Subscriber) -> None:
+    def _end(self, subscriber: Subscriber) -> None:
         if subscriber.closed:
             return
         subscriber.closed = True
@@ -285,7 +300,7 @@ class StreamDelivery:
         if self._reception is not None:
             self._reception.release(subscriber.network)
 
-    def _readable(self, subscriber: _Subscriber) -> None:
+    def _readable(self, subscriber: Subscriber) -> None:
         try:
             data = subscriber.sock.recv(MAX_EXTRA + 1)
         except (BlockingIOError, InterruptedError):
@@ -307,7 +322,7 @@ class StreamDelivery:
         if not subscriber.closed:
             self._deadlines.set(subscriber, self._clock() + _PROBE_NS)
 
-    def _write(self, subscriber: _Subscriber) -> Written | None:
+    def _write(self, subscriber: Subscriber) -> Written | None:
         """One slice for one subscriber; None when its socket turned out to be dead."""
         try:
             written = subscriber.write(_SLICE)
@@ -317,54 +332,30 @@ class StreamDelivery:
         if written is Written.REFUSED:
             self._refused(subscriber)
         elif written is Written.SOME:
-            self._enqueue(subscriber)
+            self._catching_up.add(subscriber)
         return written
 
-    def _refused(self, subscriber: _Subscriber) -> None:
+    def _refused(self, subscriber: Subscriber) -> None:
         if not subscriber.blocked:
             subscriber.blocked = True
             self._loop.add_writer(subscriber.sock, self._writable, subscriber)
         self._arm(subscriber)
 
-    def _writable(self, subscriber: _Subscriber) -> None:
+    def _writable(self, subscriber: Subscriber) -> None:
         self._unblock(subscriber)
-        self._enqueue(subscriber)
+        self._catching_up.add(subscriber)
 
-    def _unblock(self, subscriber: _Subscriber) -> None:
+    def _unblock(self, subscriber: Subscriber) -> None:
         if subscriber.blocked:
             subscriber.blocked = False
             self._loop.remove_writer(subscriber.sock)
 
-    def _enqueue(self, subscriber: _Subscriber) -> None:
-        if subscriber.queued or subscriber.blocked:
-            return
-        subscriber.queued = True
-        self._queues[subscriber.tier].append(subscriber)
-        if not self._draining:
-            self._draining = True
-            self._loop.call_soon(self._drain)
-
-    def _drain(self) -> None:
-        """A turn of catching up, the highest tier first."""
-        until = self._clock() + _TURN_NS
-        for tier in _TOP_FIRST:
-            queue = self._queues[tier]
-            while queue:
-                if self._clock() > until:
-                    self._loop.call_soon(self._drain)
-                    return
-                subscriber = queue.popleft()
-                subscriber.queued = False
-                if not subscriber.closed and not subscriber.blocked:
-                    self._write(subscriber)
-        self._draining = False
-
-    def _arm(self, subscriber: _Subscriber) -> None:
+    def _arm(self, subscriber: Subscriber) -> None:
         due = subscriber.due_ns()
         if due:
             self._deadlines.set(subscriber, due)
 
-    def _deadline(self, subscriber: _Subscriber, now_ns: int) -> None:
+    def _deadline(self, subscriber: Subscriber, now_ns: int) -> None:
         if subscriber.half_closed and subscriber.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._end(subscriber)
             return
@@ -378,12 +369,12 @@ class StreamDelivery:
             elif written is not None:
                 self._unblock(subscriber)
                 if written is Written.SOME:
-                    self._enqueue(subscriber)
+                    self._catching_up.add(subscriber)
                 return
         if not subscriber.closed:
             self._arm(subscriber)
 
-    def _heartbeat(self, subscriber: _Subscriber) -> None:
+    def _heartbeat(self, subscriber: Subscriber) -> None:
         beat = Heartbeat(self._ring.session, subscriber.cursor - 1, time.time_ns())
         try:
             written = subscriber.beat(heartbeat_frame(beat, subscriber.form))
@@ -396,7 +387,7 @@ class StreamDelivery:
             self._accounts.heartbeats += 1
             self._accounts.bytes_sent = self._feed.bytes_sent
 
-    def _turn_to_beat(self, subscriber: _Subscriber, now_ns: int) -> None:
+    def _turn_to_beat(self, subscriber: Subscriber, now_ns: int) -> None:
         if subscriber.idle:
             if now_ns - self._feed.newest_ns >= self._heartbeat_ns:
                 self._heartbeat(subscriber)

@@ -1,13 +1,12 @@
 """Keeps the path from a packet to the ring warm: a dummy block through the very same functions, to no effect outside.
 
 A rehearsal has a TCP connection, an upstream, a relay, a chain and a ring of its own, on regtest, where blocks cost
-nothing. What it runs is what a real announcement runs: recv, framing, checksum, parsing, hashing, the chain's rules, the
-record, the ring, the wake-up. It shares nothing with the real ones but the code and the processor's caches.
+nothing. What it runs is what a real announcement runs: recv, framing, checksum, parsing, hashing, the chain's rules,
+the record, the ring, the wake-up. It shares nothing with the real ones but the code and the processor's caches.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from sprint.relay import Relay
 from sprint.ring import Ring, RingWriter, size_for
 
 if TYPE_CHECKING:
+    import socket
     from typing import Protocol
 
     from sprint.sources import Heard

@@ -16,12 +16,14 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sprint.tiers import NS_PER_MS, NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FIRST_RESTART_NS = 50 * NS_PER_MS
 LAST_RESTART_NS = 10 * NS_PER_S
@@ -115,7 +117,7 @@ class Supervisor:
                 self._selector.close()
                 child.main()
                 code = 0
-        except BaseException:  # noqa: BLE001 - reported here, for nobody above us may handle it
+        except BaseException:  # reported here, for nobody above may handle it
             traceback.print_exc()
         finally:
             with suppress(OSError, ValueError):

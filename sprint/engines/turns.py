@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprint.errors import HostError
 from sprint.events import HeaderRun, PeerGone, PeerReady
+from sprint.record import decode
 from sprint.tiers import NS_PER_S
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sprint.events import Block
     from sprint.header_file import HeaderFile
     from sprint.ledger import Ledger
+    from sprint.record import Record
     from sprint.relay import Relay
     from sprint.ring import Ring
     from sprint.sources import Heard, Source
@@ -41,7 +43,7 @@ class Turns:
         header_file: HeaderFile,
         sources: Sequence[Source],
         log: Any,
-        on_relayed: Callable[[Block], None] | None = None,
+        on_relayed: Callable[[Record], None] | None = None,
     ) -> None:
         """`on_relayed` is told of each record once its deliveries are done."""
         self.sources = tuple(sources)
@@ -84,8 +86,8 @@ class Turns:
             record = self._ring.copy(sequence)
             published_ns = int.from_bytes(record[184:192], "little") if record is not None else block.seen_ns
             ledger.published(block, sequence, record, published_ns)
-            if self._on_relayed is not None:
-                self._on_relayed(block)
+            if self._on_relayed is not None and record is not None:
+                self._on_relayed(decode(record))
         journal = relay.take_journal()
         if journal:
             ledger.decided(journal)

@@ -62,12 +62,15 @@ class P2PSource:
         """Read and write what can be, connect what has to be."""
         heard = self._heard
         self._heard = []
-        resolver = self._resolver.fileno()
-        resolved = False
-        for descriptor, mask in self._epoll.poll(0):
+        for _ in range(len(self._watched) + 1):
+            # One at a time: epoll then puts it behind the others, so that nobody who talks without end is always first.
+            ready = self._epoll.poll(0, 1)
+            if not ready:
+                break
+            descriptor, mask = ready[0]
             upstream = self._watched.get(descriptor)
             if upstream is None:
-                resolved = resolved or descriptor == resolver
+                self._on_resolved(now_ns)
                 continue
             if mask & select.EPOLLOUT or (mask & select.EPOLLERR and not upstream.ready):
                 heard += upstream.on_writable(now_ns)
@@ -79,8 +82,6 @@ class P2PSource:
         if heard and now_ns < self._due_ns:
             return heard
         # Even if one of them never stops talking, the others' time-outs and attempts have their turn.
-        if resolved:  # after the sockets: a new connection may get the descriptor of one that was lost above
-            self._on_resolved(now_ns)
         for upstream in self._upstreams.values():
             due = upstream.deadline()
             if due is not None and now_ns >= due:

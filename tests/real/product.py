@@ -1,4 +1,4 @@
-"""Sprint as its operator runs it: the real command in a process of its own, and subscribers that look at it from outside.
+"""Sprint as its operator runs it, the real command in a process of its own, and subscribers that look from outside.
 
 Owns that process, what it logs, and the subscribers' threads. Rules: all that is known of the product comes by its
 environment, its log, HTTP and the stream; every wait is bounded and says what was awaited; and no Sprint outlives its
@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,8 @@ class Product:
 
     def wait_until_healthy(self) -> Event:
         """Wait until blocks can be relayed; returns the answer of /api/health."""
-        return self.wait_for("health", lambda answer: answer["status"] == "ok", "health")
+        answer: Event = self.wait_for("health", lambda one: one["status"] == "ok", "health")
+        return answer
 
     def ask_raw(self, path: str) -> tuple[int, str]:
         """Status and body of one answer of the API."""
@@ -141,7 +143,9 @@ class Product:
         """/api/sources by name."""
         return {source["name"]: source for source in self.ask("sources")["sources"]}
 
-    def wait_for(self, path: str, condition: Callable[[Any], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> Any:
+    def wait_for(
+        self, path: str, condition: Callable[[Any], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S
+    ) -> Any:
         """Ask the API until its answer fulfils the condition; returns that answer."""
         deadline = time.monotonic() + timeout_s
         answer: Any = None
@@ -170,9 +174,16 @@ class Product:
         return "\n".join(list(self.log)[-40:])
 
     def resident_kb(self) -> tuple[int, int]:
-        """Resident memory now, and its highest since the start, in kB."""
-        fields = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
-        return int(fields["VmRSS"].split()[0]), int(fields["VmHWM"].split()[0])
+        """Resident memory now, and its highest since the start, in kB: of the process and all that it has started."""
+        now_kb = highest_kb = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, KeyError):  # it has ended
+                if os.getsid(int(folder.name)) == self.pid:
+                    lines = (folder / "status").read_text().splitlines()
+                    fields = dict(line.split(":", 1) for line in lines)
+                    now_kb += int(fields["VmRSS"].split()[0])
+                    highest_kb += int(fields["VmHWM"].split()[0])
+        return now_kb, highest_kb
 
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Its exit code, once it has ended by itself."""
@@ -192,9 +203,10 @@ class Product:
         return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL: nothing is flushed, nothing is said."""
+        """SIGKILL to it and all that it has started: nothing is flushed, nothing is said."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._reap()
 
@@ -237,7 +249,9 @@ class EventLog:
         self._thread = threading.Thread(target=self._gather, args=(told,), daemon=True)
         self._thread.start()
 
-    def wait_until(self, condition: Callable[[list[Event]], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> None:
+    def wait_until(
+        self, condition: Callable[[list[Event]], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S
+    ) -> None:
         """Wait until the events so far fulfil the condition."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -304,10 +318,8 @@ class JsonStream(EventLog):
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with suppress(OSError):  # the server was faster
             self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the server was faster
         self._thread.join(STOP_TIMEOUT_S)
         self._file.close()
         self.sock.close()
@@ -330,7 +342,7 @@ class ClientStream(EventLog):
 
 
 class CommandStream(EventLog):
-    """A subscriber that is a command whose standard output is a line of JSON an event, such as `sprint watch --json`."""
+    """A subscriber that is a command which prints a line of JSON an event, such as `sprint watch --json`."""
 
     def __init__(self, *command: str, stdin: bytes | None = None) -> None:
         self._process = subprocess.Popen(

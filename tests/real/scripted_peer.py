@@ -110,7 +110,6 @@ class ScriptedPeer:
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
@@ -120,7 +119,8 @@ class ScriptedPeer:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self.hang_up()
-        self._thread.join(WAIT_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(WAIT_TIMEOUT_S)
         self._listener.close()
 
     @property
@@ -129,8 +129,12 @@ class ScriptedPeer:
         host, port = self._listener.getsockname()
         return f"{host}:{port}"
 
+    def open(self) -> None:
+        """Answer from now on: until then connections wait in the kernel, so that an honest node can be first."""
+        self._thread.start()
+
     def wait_for_handshakes(self, count: int) -> None:
-        """Wait until so many connections have been made in all, and the last one's handshake is complete."""
+        """Wait until so many handshakes have been completed in all, and the last one's connection stands."""
         self._await(lambda: self.handshakes >= count and self._connection is not None, f"handshake {count}")
 
     def wait_for_answer(self) -> None:
@@ -212,7 +216,9 @@ class ScriptedPeer:
         if command == "version":
             address = bytes(26)
             version = struct.pack("<iQq", 70016, 9, int(time.time())) + address + address
-            version += struct.pack("<Q", id(self)) + compact_size(10) + b"/Scripted/" + struct.pack("<i?", self.height, 1)
+            version += (
+                struct.pack("<Q", id(self)) + compact_size(10) + b"/Scripted/" + struct.pack("<i?", self.height, True)
+            )
             connection.sendall(message("version", version) + message("verack"))
         elif command == "ping":
             connection.sendall(message("pong", payload))

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.real.bcoin import BcoinNode
 from tests.real.product import COMMAND, JSON_HELLO, ClientStream, CommandStream, EventLog, JsonStream, Product
 from tests.real.scripted_peer import ScriptedPeer, double_sha256, headers_payload, make_branch
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.real.bcoin import BcoinNode
     from tests.real.product import Event
 
 
@@ -99,6 +99,7 @@ def test_a_node_that_has_a_thousand_blocks_yields_no_record_of_them_and_a_fork_f
         assert product.wait_until_healthy()["tip_height"] == 1_000
         with JsonStream(product.stream) as raw, JsonStream(product.stream, b'{"format":"json","since":1}\n') as since:
             assert raw.answer["next"] == 1, "a record of what the node already had"
+            peer.open()
             peer.wait_for_handshakes(1)
             forks = make_branch(headers[1], 5, "five"), make_branch(headers[1], 50, "fifty")
             single = make_branch(headers[0], 2, "single")
@@ -122,6 +123,7 @@ def test_proven_comes_once_per_hash_however_often_and_by_whatever_message_it_is_
     bcoin.mine(12)
     with ScriptedPeer(12) as peer, Product(tmp_path, bcoin.p2p_address, peer.address) as product:
         product.wait_until_healthy()
+        peer.open()
         peer.wait_for_handshakes(1)
         with JsonStream(product.stream) as raw:
             mined = bcoin.mine(2)

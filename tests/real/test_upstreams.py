@@ -111,7 +111,10 @@ def test_two_raced_nodes_are_both_counted_and_each_block_is_proven_once(bcoin_in
             assert second["after_first_us"] >= 0
             leads[first["peer"]].append(second["after_first_us"])
         for source in told:
-            own, others = leads[source["name"]], [lead for name in leads if name != source["name"] for lead in leads[name]]
+            own, others = (
+                leads[source["name"]],
+                [lead for name in leads if name != source["name"] for lead in leads[name]],
+            )
             assert source["first"] == len(own)
             assert source["mean_lead_us"] == (pytest.approx(sum(own) / len(own), abs=0.01) if own else None)
             assert source["mean_behind_us"] == (pytest.approx(sum(others) / len(others), abs=0.01) if others else None)
@@ -147,7 +150,9 @@ def test_one_of_two_nodes_killed_and_restarted_under_load_leaves_no_gap(bcoin_in
         assert product.ask("health")["status"] == "ok"
 
 
-def test_what_the_only_upstream_gained_while_it_was_away_comes_as_catchup(bcoin_installed: None, tmp_path: Path) -> None:
+def test_what_the_only_upstream_gained_while_it_was_away_comes_as_catchup(
+    bcoin_installed: None, tmp_path: Path
+) -> None:
     with BcoinNode(on_disk=True) as node, Product(tmp_path, node.p2p_address) as product:
         node.mine(12)
         product.wait_until_healthy()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprint import client
+from sprint.bitcoin.block import double_sha256
 from sprint.bitcoin.networks import MAIN, REGTEST
 from sprint.client import (
     ClientProtocol,
@@ -54,7 +55,7 @@ def record(sequence: int, session: int = SESSION, **changes: Any) -> Record:
 def frame(item: Item) -> bytes:
     if isinstance(item, Record):
         return record_frame(item.encode(), Format.BINARY)
-    return (lost_frame if isinstance(item, Lapped) else heartbeat_frame)(item, Format.BINARY)  # type: ignore[operator]
+    return lost_frame(item, Format.BINARY) if isinstance(item, Lapped) else heartbeat_frame(item, Format.BINARY)
 
 
 def welcome(following: int, session: int = SESSION) -> bytes:
@@ -161,7 +162,7 @@ def test_work_is_held_against_the_header_s_own_bits() -> None:
     assert subscribed().receive(frame(easy), 0) == [easy]
     header = bytearray(REGTEST.genesis_header)
     header[72:76] = bytes.fromhex("ffff001d")
-    hard = record(1, hash=client.double_sha256(bytes(header)), header=bytes(header))
+    hard = record(1, hash=double_sha256(bytes(header)), header=bytes(header))
     with pytest.raises(UnprovenRecordError, match="misses the target 1d00ffff"):
         subscribed().receive(frame(hard), 0)
 
@@ -188,6 +189,16 @@ def test_an_answer_that_is_none_ends_the_connection(answer: bytes) -> None:
         protocol.receive(answer, 0)
 
 
+def test_what_came_before_trouble_is_handed_out_before_it() -> None:
+    for trouble in (b"\0\0\0\0", frame(Heartbeat(SESSION, 9, 0)), frame(record(2, hash=bytes(32)))):
+        protocol = ClientProtocol()
+        protocol.connected(0)
+        assert protocol.receive(welcome(1) + frame(record(1)) + trouble, 0)[1:] == [record(1)]
+        with pytest.raises(RemoteProtocolError):
+            protocol.receive(b"", 0)
+        assert json.loads(protocol.connected(0)) == {"since": 2}
+
+
 def test_silence_is_trouble_after_three_seconds_and_so_is_noise() -> None:
     protocol = ClientProtocol()
     protocol.connected(0)
@@ -200,6 +211,13 @@ def test_silence_is_trouble_after_three_seconds_and_so_is_noise() -> None:
     assert protocol.deadline() == 5 * SECOND
     with pytest.raises(RemoteProtocolError, match="too long"):
         protocol.receive(b"\x00", 5 * SECOND)
+
+
+def test_a_reader_that_took_its_time_over_the_items_is_not_the_server_s_fault() -> None:
+    protocol = subscribed()
+    assert protocol.receive(frame(record(1)), 0) == [record(1)]
+    assert protocol.receive(b"", 60 * SECOND) == []
+    assert protocol.receive(frame(Heartbeat(SESSION, 1, 0)), 61 * SECOND) == [Heartbeat(SESSION, 1, 0)]
 
 
 @settings(deadline=None)
@@ -222,7 +240,7 @@ class Server:
         self.loop = asyncio.new_event_loop()
         self.ring = Ring.create(bytearray(size_for(8)), 8, SESSION)
         self.writer = RingWriter(self.ring)
-        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.address = ""
         self.port = port
@@ -234,7 +252,7 @@ class Server:
         def step() -> None:
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - handed to the test's thread
+            except Exception as error:  # handed to the test's thread
                 done.put(error)
             else:
                 done.put(None)
@@ -276,11 +294,11 @@ class Server:
     def stop(self) -> None:
         self.disconnect()
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
+        self.thread.join(10)
         self.loop.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def server() -> Iterator[Server]:
     running = Server()
     yield running
@@ -382,10 +400,10 @@ def listening(handle: Callable[[socket.socket], None], times: int = 1) -> Iterat
                     connection.recv(4096)
                     handle(connection)
 
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield "{}:{}".format(*listener.getsockname())
-        thread.join()
+        thread.join(10)
 
 
 def test_a_server_that_falls_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +434,7 @@ def test_a_heartbeat_ahead_of_what_came_makes_the_client_come_again_for_it() -> 
     with listening(lambda connection: connection.sendall(next(answers)), times=2) as address:
         stream = client.connect(address)
         assert [next(stream).sequence, next(stream).sequence] == [1, 2]
-        stream.close()  # type: ignore[attr-defined] # the iterator is a generator
+        stream.close()
 
 
 def test_a_server_that_sends_junk_ends_in_a_protocol_error() -> None:

@@ -79,6 +79,14 @@ def test_a_known_type_with_a_body_of_another_length_ends_the_stream(kind: int) -
         FrameDecoder().receive((4).to_bytes(4, "little") + bytes([kind, 0, 0, 0]))
 
 
+def test_what_came_before_the_error_is_handed_out_before_it() -> None:
+    decoder = FrameDecoder()
+    assert decoder.receive(frame(Lapped(1, 2)) + bytes(4)) == [Lapped(1, 2)]
+    for _ in range(2):
+        with pytest.raises(RemoteProtocolError, match="frame of 0 bytes"):
+            decoder.receive(frame(Lapped(1, 2)))
+
+
 def test_an_unknown_type_is_passed_over() -> None:
     unknown = (MAX_FRAME).to_bytes(4, "little") + b"\x99" + bytes(MAX_FRAME - 1)
     assert FrameDecoder().receive(unknown + frame(Lapped(1, 2))) == [Lapped(1, 2)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sprint.status import StatusBlock
 
-PATHS = ("/", "/api/turbo-status", "/api/health", "/api/blocks", "/api/sources")
+PATHS = ("/", "/api/turbo-status", "/api/health", "/api/blocks", "/api/sources", "/api/deliveries")
 
 
 @pytest.mark.parametrize("path", PATHS)

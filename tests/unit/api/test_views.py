@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sprint.api import views
+from sprint.chain import Reject
 from sprint.events import Source, State
-from sprint.status import BLOCKS, MARKS, StatusBlock, writing
+from sprint.ledger import REJECT_INDEX
+from sprint.status import BLOCKS, MARKS, Histogram, StatusBlock, writing
 from sprint.tiers import NS_PER_S, Tier
 from tests.unit.api.conftest import FIRST_SEEN_NS, SESSION, facts_of, fill, record_of
 
@@ -44,7 +46,49 @@ def test_health_tells_what_runs_where_and_for_how_long(healthy: StatusBlock) -> 
         "heartbeat_age_seconds": 0.0,
         "upstreams_connected": 1,
         "subscribers": {"free": 0, "pro": 0, "business": 0, "turbo": 0, "enterprise": 0},
+        "processes": [],
+        "optimizations": [],
+        "rejected": dict.fromkeys((reason.value for reason in Reject), 0),
     }
+
+
+def test_health_shows_processes_optimisations_and_rejections(healthy: StatusBlock) -> None:
+    relay, api = healthy.layout.processes[:2]
+    relay.name, relay.pid, relay.restarts = b"relay", 41, 2
+    api.name, api.pid = b"api", 42
+    step = healthy.layout.steps[0]
+    step.name, step.applied, step.detail = b"realtime", 0, b"CAP_SYS_NICE is missing"
+    healthy.relay.rejected[REJECT_INDEX[Reject.BAD_BITS]] = 3
+    answer = views.health(healthy, NOW_NS, 0)
+    assert answer["processes"] == [
+        {"name": "relay", "pid": 41, "restarts": 2},
+        {"name": "api", "pid": 42, "restarts": 0},
+    ]
+    assert answer["optimizations"] == [{"name": "realtime", "applied": False, "detail": "CAP_SYS_NICE is missing"}]
+    assert answer["rejected"]["bad_bits"] == 3
+    assert answer["status"] == "ok"
+
+
+def test_a_process_that_is_being_restarted_is_a_problem(healthy: StatusBlock) -> None:
+    healthy.layout.processes[0].name = b"stream-0"
+    assert views.health(healthy, NOW_NS, 0)["problems"] == ["processes: being restarted: stream-0"]
+
+
+def test_deliveries_give_each_tier_its_accounts(healthy: StatusBlock) -> None:
+    section = healthy.delivery(0, "stream")
+    section.accepted = 5
+    accounts = section.tiers[Tier.PRO]
+    accounts.subscribers, accounts.on_time, accounts.dropped = 2, 7, 1
+    Histogram(accounts.relay_latency).record(90_000)
+    (delivery,) = views.deliveries(healthy)["deliveries"]
+    assert (delivery["name"], delivery["accepted"], list(delivery["tiers"])) == (
+        "stream",
+        5,
+        ["free", "pro", "business", "turbo", "enterprise"],
+    )
+    pro = delivery["tiers"]["pro"]
+    assert (pro["subscribers"], pro["on_time"], pro["dropped"], pro["relay_p50_us"]) == (2, 7, 1, 90.0)
+    assert delivery["tiers"]["free"]["relay_p50_us"] is None
 
 
 def test_a_relay_is_healthy_until_its_last_turn_is_older_than_three_seconds(healthy: StatusBlock) -> None:

@@ -18,6 +18,16 @@ def test_counting_many_at_once_is_counting_them_one_by_one(latencies: list[int])
     assert bytes(at_once) == bytes(one_by_one)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 1 << 40), max_size=50), st.integers(0, 1 << 40))
+def test_an_origin_is_taken_off_each_time(times: list[int], origin: int) -> None:
+    with_origin, one_by_one = HistogramData(), HistogramData()
+    SortedHistogram(with_origin).record_sorted(sorted(times), origin)
+    for at in times:
+        Histogram(one_by_one).record(at - origin)
+    assert bytes(with_origin) == bytes(one_by_one)
+
+
 def test_a_run_of_sends_is_on_time_or_late_by_each_one_s_own_time() -> None:
     accounts = StatusBlock.create(1, {}).delivery(0, "stream").tiers[Tier.TURBO]
     ledger = TierLedger(accounts, PROFILES[Tier.TURBO], write_deadline_ns=100)

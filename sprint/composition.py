@@ -1,0 +1,138 @@
+"""What both engines are put together from in the same way."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from sprint import __version__
+from sprint.durations import format_duration
+from sprint.errors import HostError
+from sprint.events import Event, State
+from sprint.header_file import HeaderFile
+from sprint.tiers import NS_PER_US, Tier
+
+if TYPE_CHECKING:
+    from sprint.chain import HeaderChain
+    from sprint.config import Config
+    from sprint.record import Record
+
+OTHER_DESCRIPTORS = 128
+"""Kept free for everything but stream sessions: files, upstreams, the API's connections."""
+
+
+def announce(config: Config, log: Any) -> None:
+    """The guide's start-up lines, and what is not as asked for."""
+    for warning in config.warnings:
+        log.warning(warning)
+    if config.profile.memory_engine:
+        words = f"⚡ {config.tier.label.capitalize()} mode enabled"
+        log.info(
+            words,
+            writeDeadline=format_duration(config.write_deadline_ns),
+            sharedMemory=config.use_shared_memory,
+            blockBufferSize=config.ring_slots,
+        )
+    else:
+        log.info(
+            "Sprint starts",
+            tier=config.tier.label,
+            writeDeadline=format_duration(config.write_deadline_ns),
+            blockBufferSize=config.ring_slots,
+        )
+    if config.enable_kernel_bypass:
+        log.warning("Kernel bypass requested but inactive", reason=bypass_reason(config))
+
+
+def facts_of(config: Config, engine: str) -> dict[str, Any]:
+    """What the status block says about the configuration; the API reads nothing else of it."""
+    return {
+        "version": __version__,
+        "engine": engine,
+        "tier": config.tier.label,
+        "network": config.network.name,
+        "useSharedMemory": config.use_shared_memory,
+        "useDirectP2P": config.use_direct_p2p,
+        "useMemoryChannel": config.use_memory_channel,
+        "optimizeSystem": config.optimize_system,
+        "writeDeadlineNs": config.write_deadline_ns,
+        "blockBufferSize": config.ring_slots,
+        "kernelBypass": {
+            "requested": config.enable_kernel_bypass,
+            "active": False,
+            "mode": None,
+            "interfaces": [],
+            "reason": bypass_reason(config),
+            "ingest": dict.fromkeys(("packets", "announcements", "mirrored", "express", "dropped", "opaqueFlows"), 0),
+            "egress": dict.fromkeys(("subscribers", "sent", "dropped"), 0),
+        },
+        "binds": {"api": str(config.api_bind), "stream": str(config.stream_bind)},
+        "bitcoinNodes": [str(address) for address in config.upstreams],
+    }
+
+
+def bypass_reason(config: Config) -> str:
+    """Why the kernel bypass is inactive."""
+    if not config.enable_kernel_bypass:
+        return "ENABLE_KERNEL_BYPASS is false"
+    if config.tier is not Tier.ENTERPRISE:
+        return f"TIER is {config.tier.label}: the kernel bypass takes effect on enterprise only"
+    return f"version {__version__} has no kernel bypass: plain sockets serve"
+
+
+def open_header_file(config: Config, chain: HeaderChain, log: Any) -> HeaderFile:
+    """The header file under DATA_DIR, locked and loaded into `chain`. Raises HostError or HeaderFileError."""
+    folder = config.data_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"DATA_DIR={folder}: can't be made: {error.strerror}") from None
+    path = folder / f"headers-{config.network.name}.dat"
+    header_file = HeaderFile.open(path, config.network)
+    # No refreshing thread: the supervisor forks after this.
+    bar = Progress(
+        console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty(), auto_refresh=False
+    )
+    with bar:
+        task = bar.add_task("Verifying headers", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            bar.refresh()
+
+        loaded = header_file.load_into(chain, advance)
+    log.info("Headers loaded", count=loaded, height=chain.tip_height, file=str(path))
+    if header_file.cut_bytes:
+        log.warning("Damaged end of the header file cut off", bytes=header_file.cut_bytes)
+    return header_file
+
+
+def log_relayed(log: Any, tier: Tier, record: Record) -> None:
+    """One line for a record: the guide's for a fresh block, from its first sighting to now, when it has been relayed."""
+    block_hash = record.hash[::-1].hex()
+    if record.event is Event.PROVEN and not record.state & State.CATCHUP:
+        elapsed_ns = max(0, time.monotonic_ns() - record.seen_ns)
+        elapsed = format_duration(elapsed_ns // NS_PER_US * NS_PER_US)
+        words = f"{tier.label.capitalize()} relay successful"
+        log.info(words, elapsed=elapsed, blockHash=block_hash, height=record.height)
+    else:
+        log.info(f"Block {record.event.name.lower()}", blockHash=block_hash, height=record.height)
+
+
+def session_limit() -> int:
+    """Raise the limit of open files as far as we may, and leave room for everything that isn't a subscriber."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    descriptors = Path("/proc/self/fd")
+    open_now = len(list(descriptors.iterdir())) if descriptors.is_dir() else 16
+    return max(1, soft - open_now - OTHER_DESCRIPTORS)

@@ -1,0 +1,164 @@
+"""What tests of shared memory share: the memory that a supervisor makes, and a worker forked from it that serves it.
+
+The test's own process is the relay: it writes the ring and signals the channel. The worker is composed as the product
+composes it, and is killed and started again like it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sprint.channels import EventChannel
+from sprint.deliveries.shm import ShmDelivery
+from sprint.events import Event, Source, State
+from sprint.record import SIZE, Record
+from sprint.ring import Ring, RingWriter, size_for
+from sprint.shared_memory import SharedMemory
+from sprint.status import SIZE as STATUS_SIZE
+from sprint.status import StatusBlock
+from sprint.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sprint.status import Delivery
+
+SESSION = 0xFEED_BEEF_0123_4567
+PATIENCE_S = 60.0
+
+
+def tier_of_key(key: str | None) -> Tier | None:
+    """A key is its tier's name; without one, free."""
+    return Tier.FREE if key is None else {tier.label: tier for tier in Tier}.get(key)
+
+
+def record_of(sequence: int, *, best: bool = True, seen_ns: int | None = None) -> bytes:
+    now = time.monotonic_ns()
+    state = State.PROVEN | State.BEST if best else State.PROVEN
+    return Record(
+        b"\xfa\xbf\xb5\xda", SESSION, sequence, Event.PROVEN, Source.P2P, state, sequence, 0, 0, 0, 0, 0,
+        time.time_ns(), sequence.to_bytes(32, "little"), bytes(80), now if seen_ns is None else seen_ns, now,
+    ).encode()  # fmt: skip
+
+
+def fork(life: Callable[[], object]) -> int:
+    """A process that lives this life, and nothing of the test's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads that other tests may have left; the child touches nothing of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        life()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def ended(pid: int) -> int:
+    """The exit code of a process that ends by itself; a signal's number, negative, if one ended it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    killed(pid)
+    raise TimeoutError(f"process {pid} did not end")
+
+
+class Host:
+    """The ring's memory, its writer, the accounts, and the workers that were started."""
+
+    def __init__(self, path: Path, slots: int = 64, session: int = SESSION) -> None:
+        self.path = path
+        self.memory = SharedMemory("test-ring", size_for(slots))
+        self.ring = Ring.create(self.memory.memory, slots, session)
+        self.writer = RingWriter(self.ring)
+        self.channel = EventChannel()
+        self.status = StatusBlock.create(session, {}, memoryview(mmap.mmap(-1, STATUS_SIZE)))
+        self.accounts: Delivery = self.status.delivery(0, "shm")
+        self.worker = 0
+
+    def delivery(self, **options: Any) -> ShmDelivery:
+        arguments: dict[str, Any] = {"network": "regtest", "tier_of_key": tier_of_key, "max_readers": 1000, **options}
+        return ShmDelivery(self.memory, self.ring, self.accounts, **arguments)
+
+    def serve(self, **options: Any) -> None:
+        """Fork a worker, and return when it listens."""
+        listening, listens = os.pipe()
+
+        def life() -> None:
+            loop = asyncio.new_event_loop()
+            delivery = self.delivery(**options)
+            delivery.start(loop, self.path)
+            loop.add_reader(self.channel.fileno(), lambda: (self.channel.drain(), delivery.publish()))
+            os.write(listens, b"!")
+            loop.run_forever()
+
+        self.worker = fork(life)
+        os.close(listens)
+        with os.fdopen(listening, "rb") as pipe:
+            assert pipe.read(1) == b"!", "the worker did not start"
+
+    def kill_worker(self) -> None:
+        if self.worker:
+            killed(self.worker)
+            self.worker = 0
+
+    def write(self, record: bytes, *, best: bool = False) -> int:
+        assert len(record) == SIZE
+        self.writer.claim()[:] = record
+        sequence = self.writer.commit(best=best)
+        self.channel.publish()
+        return sequence
+
+    def put(self, count: int = 1, *, best: bool = True) -> int:
+        """Publish records; the last one's sequence."""
+        for _ in range(count):
+            sequence = self.writer.next_sequence
+            self.write(record_of(sequence, best=best), best=best)
+        return sequence
+
+
+@contextmanager
+def serving(path: Path, slots: int = 64, **options: Any) -> Iterator[Host]:
+    """A host with a worker."""
+    host = Host(path, slots)
+    try:
+        host.serve(**options)
+        yield host
+    finally:
+        host.kill_worker()
+        os.close(host.memory.descriptor)
+        os.close(host.channel.fileno())
+
+
+def until(holds: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    """Wait for something that only other processes do."""
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.001)
