@@ -115,7 +115,7 @@ def open_header_file(config: Config, chain: HeaderChain, log: Any) -> HeaderFile
 
 
 def log_relayed(log: Any, tier: Tier, record: Record) -> None:
-    """One line for a record: the guide's for a fresh block, from its first sighting to now, when it has been relayed."""
+    """One line for a record; for a fresh block the guide's, from its first sighting to now, when it is relayed."""
     block_hash = record.hash[::-1].hex()
     if record.event is Event.PROVEN and not record.state & State.CATCHUP:
         elapsed_ns = max(0, time.monotonic_ns() - record.seen_ns)
@@ -123,7 +123,8 @@ def log_relayed(log: Any, tier: Tier, record: Record) -> None:
         words = f"{tier.label.capitalize()} relay successful"
         log.info(words, elapsed=elapsed, blockHash=block_hash, height=record.height)
     else:
-        log.info(f"Block {record.event.name.lower()}", blockHash=block_hash, height=record.height)
+        words = f"Block {record.event.name.lower()}"
+        log.info(words, blockHash=block_hash, height=record.height)
 
 
 def session_limit() -> int:

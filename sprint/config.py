@@ -26,6 +26,8 @@ from sprint.tiers import NS_PER_S, NS_PER_US, PROFILES, Tier, TierProfile
 ENV_FILE = ".env"
 MAX_ENV_FILE_SIZE = 65_536
 MAX_UPSTREAMS = 16
+MAX_WORKERS = 8
+"""The status block has room for them, and a ninth core is better spent on another instance."""
 MIN_WRITE_DEADLINE_NS = 10 * NS_PER_US
 """About the cost of one TCP send: a shorter deadline can't be met by anybody."""
 MAX_WRITE_DEADLINE_NS = 60 * NS_PER_S
@@ -86,7 +88,7 @@ def _bind(value: Any) -> Address:
     return parse_address(str(value), lowest_port=0)
 
 
-def _data_dir(value: Any) -> Path:
+def _path(value: Any) -> Path:
     text = str(value)
     if "\0" in text or "$" in text:
         raise ValueError("expected a folder's path; variables in it are not replaced")
@@ -94,6 +96,13 @@ def _data_dir(value: Any) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ValueError("expected a folder's path; there is no home directory for ~") from None
+
+
+def _workers(value: Any) -> int:
+    text = str(value).strip()
+    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not 1 <= int(text) <= MAX_WORKERS:
+        raise ValueError(f"expected a whole number from 1 to {MAX_WORKERS}")
+    return int(text)
 
 
 def _log_format(value: Any) -> str:
@@ -158,7 +167,17 @@ class Settings(BaseModel):
     stream_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
         Address("127.0.0.1", 8434), description="Where stream subscribers connect.", examples=["127.0.0.1:8434"]
     )
-    data_dir: Annotated[Path, BeforeValidator(_data_dir)] | None = Field(
+    delivery_workers: Annotated[int, BeforeValidator(_workers)] | None = Field(
+        None,
+        description="How many processes serve stream subscribers in the memory-optimised engine.",
+        examples=["one less than the CPUs, at least 1, at most 8"],
+    )
+    shm_socket: Annotated[Path, BeforeValidator(_path)] | None = Field(
+        None,
+        description="The Unix socket at which local turbo and enterprise subscribers get the ring itself.",
+        examples=["sprint.sock in DATA_DIR"],
+    )
+    data_dir: Annotated[Path, BeforeValidator(_path)] | None = Field(
         None,
         description="Where headers are kept.",
         examples=["/var/lib/sprint as root, else $XDG_DATA_HOME/sprint"],
@@ -202,6 +221,8 @@ class Config:
     upstreams: tuple[Address, ...]
     api_bind: Address
     stream_bind: Address
+    delivery_workers: int
+    shm_socket: Path
     data_dir: Path
     log_format: str
     warnings: tuple[str, ...] = ()
@@ -246,6 +267,8 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
     if len(set(upstreams)) < len(upstreams):  # as a:8333 and a are on main
         raise ConfigError("BITCOIN_NODE", _shown(",".join(nodes)), "expected each address once")
 
+    data_dir = settings.data_dir or _default_data_dir(environ)
+
     def switch(value: bool | None) -> bool:
         return profile.memory_engine if value is None else value
 
@@ -262,7 +285,9 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
         upstreams=upstreams,
         api_bind=settings.api_bind,
         stream_bind=settings.stream_bind,
-        data_dir=settings.data_dir or _default_data_dir(environ),
+        delivery_workers=settings.delivery_workers or max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) - 1)),
+        shm_socket=settings.shm_socket or data_dir / "sprint.sock",
+        data_dir=data_dir,
         log_format=settings.log_format,
         warnings=warnings,
     )

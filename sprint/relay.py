@@ -21,7 +21,7 @@ from sprint.bitcoin.difficulty import MAX_FUTURE_S
 from sprint.chain import Accepted, HeaderChain, Reject, Reorg
 from sprint.events import Announcement, Block, Event, HeaderRun, PeerGone, PeerReady, Sighting, Source, State, Want
 from sprint.sync import HeaderSync
-from sprint.tiers import NS_PER_MS, NS_PER_S
+from sprint.tiers import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,12 +35,6 @@ MAX_HELD = 128
 HELD_NS = 60 * NS_PER_S
 MAX_CLAIMS = 1_024
 """Hashes announced without a header that we remember the first sighting of."""
-FIRST_CHECK_NS = 5 * NS_PER_MS
-LAST_CHECK_NS = 5 * NS_PER_S
-CHECKS = 120
-"""How often we ask whether an upstream has connected a block: with doubling pauses of up to 5 s, for ten minutes."""
-MAX_CHECKS = 64
-"""Blocks asked about at a time; the oldest make room, and are still validated together with a descendant."""
 
 
 class Outcome(IntEnum):
@@ -80,17 +74,6 @@ class _Known:
     seen_ns: int
 
 
-@dataclass(slots=True)
-class _Check:
-    """A block that no upstream is known to have connected yet."""
-
-    peer: str
-    parent: bytes
-    due_ns: int
-    pause_ns: int = FIRST_CHECK_NS
-    left: int = CHECKS
-
-
 class Relay:
     """Decides what is published. offer(), offer_run() and on_timer() return the blocks to publish, in order."""
 
@@ -102,7 +85,6 @@ class Relay:
         self._claims: OrderedDict[bytes, Sighting] = OrderedDict()
         self._held: OrderedDict[bytes, tuple[Sighting, int, int]] = OrderedDict()
         """hash → sighting, when it is given up, when it is worth another try by itself (0: with its parent only)."""
-        self._checks: dict[bytes, _Check] = {}
         self._journal: list[Decision] = []
         self._refused_runs: Counter[Reject] = Counter()
         self._unsaved = bytearray()
@@ -145,7 +127,8 @@ class Relay:
         What stands there has been published and won't be again; its headers may not have reached the header file yet.
         """
         for record in records:
-            self.chain.restore(record.header)
+            if self.chain.restore(record.header).kept:
+                self._unsaved += record.header
             known = self._known.get(record.hash)
             if known is None:
                 known = _Known(
@@ -160,7 +143,7 @@ class Relay:
             else:
                 known.state &= ~State.BEST
             if known.state & State.BEST and not known.state & State.VALIDATED:
-                self._checks[known.hash] = _Check("", known.header[4:36], now_ns + FIRST_CHECK_NS)
+                self.sync.follow(known.hash, "", known.header[4:36], now_ns)
         self.sync.caught_up = caught_up
 
     # What comes in.
@@ -227,8 +210,7 @@ class Relay:
 
     def deadline(self) -> int | None:
         """When on_timer has something to do, CLOCK_MONOTONIC ns."""
-        times = [check.due_ns for check in self._checks.values()]
-        times += [min(until, again or until) for _, until, again in self._held.values()]
+        times = [min(until, again or until) for _, until, again in self._held.values()]
         sync = self.sync.deadline()
         if sync is not None:
             times.append(sync)
@@ -237,9 +219,6 @@ class Relay:
     def on_timer(self, now_ns: int, wall_ns: int) -> Sequence[Block]:
         """Whatever is due: held sightings whose time has come or is over, and questions to ask again."""
         self.sync.on_timer(now_ns)
-        for block_hash, check in list(self._checks.items()):
-            if now_ns >= check.due_ns:
-                self._check(block_hash, check, now_ns)
         blocks: list[Block] = []
         for block_hash, (sighting, until_ns, again_ns) in list(self._held.items()):
             if again_ns and now_ns >= again_ns:
@@ -323,9 +302,7 @@ class Relay:
         if sighting.validated:
             blocks += self._validate(known, wall_ns)
         else:
-            self._checks[known.hash] = _Check(sighting.peer, known.header[4:36], now_ns + FIRST_CHECK_NS)
-            if len(self._checks) > MAX_CHECKS:
-                del self._checks[next(iter(self._checks))]
+            self.sync.follow(known.hash, sighting.peer, known.header[4:36], now_ns)
         if self._held:
             blocks += self._release([sighting.hash], now_ns, wall_ns)
         return blocks
@@ -371,7 +348,7 @@ class Relay:
             )  # fmt: skip
             self._remember(known)
         known.state = (known.state | State.STALE) & ~State.BEST
-        self._checks.pop(block_hash, None)
+        self.sync.unfollow(block_hash)
         return self._block(Event.STALE, known, wall_ns)
 
     def _validate(self, known: _Known, wall_ns: int) -> list[Block]:
@@ -384,7 +361,7 @@ class Relay:
         blocks = []
         for block in reversed(waiting):
             block.state |= State.VALIDATED
-            self._checks.pop(block.hash, None)
+            self.sync.unfollow(block.hash)
             blocks.append(self._block(Event.VALIDATED, block, wall_ns))
         return blocks
 
@@ -399,7 +376,7 @@ class Relay:
         self._known[known.hash] = known
         if len(self._known) > self._recent_blocks:
             gone, _ = self._known.popitem(last=False)
-            self._checks.pop(gone, None)
+            self.sync.unfollow(gone)
 
     def _release(self, parents: Iterable[bytes] | None, now_ns: int, wall_ns: int) -> list[Block]:
         """Offer again what was held for want of these parents; None: all that waits for a parent."""
@@ -412,14 +389,3 @@ class Relay:
             if wanted and self._held.pop(block_hash, None) is not None:  # else it came with its parent, just now
                 blocks += self.offer(sighting, now_ns, wall_ns, repeated=True)
         return blocks
-
-    def _check(self, block_hash: bytes, check: _Check, now_ns: int) -> None:
-        """Ask whether an upstream has connected the block: only then does it serve the header after the parent's."""
-        check.left -= 1
-        if not check.left or not self.chain.knows(check.parent):
-            del self._checks[block_hash]
-            return
-        # The whole way down, or a peer that is on another branch would answer with all it has from genesis on.
-        self.sync.ask(check.peer, now_ns, tuple(self.chain.locator_from(check.parent)))
-        check.pause_ns = min(2 * check.pause_ns, LAST_CHECK_NS)
-        check.due_ns = now_ns + check.pause_ns

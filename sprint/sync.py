@@ -1,4 +1,4 @@
-"""Whom to ask for headers and when, and whether our chain has caught up with an upstream.
+"""Whom to ask for headers and when, whether our chain has caught up with an upstream, and an upstream with our chain.
 
 Pure: events and `now_ns` in, Wants out. One peer at a time serves the first sync; once caught up, every peer is asked
 after its handshake, which also tells it what we have: Bitcoin Core announces by header only to those it believes to
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sprint.events import Want
-from sprint.tiers import NS_PER_S
+from sprint.tiers import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
     from sprint.chain import HeaderChain
@@ -28,6 +28,13 @@ RETRY_NS = 5 * NS_PER_S
 """An upstream that is itself syncing is asked again after this."""
 PEER_BEHIND_BLOCKS = 6
 """An upstream whose chain ends further below ours than this is still syncing: it can't tell us that we are current."""
+
+FIRST_CHECK_NS = 5 * NS_PER_MS
+LAST_CHECK_NS = 5 * NS_PER_S
+CHECKS = 120
+"""How often we ask whether an upstream has connected a block: with doubling pauses of up to 5 s, for ten minutes."""
+MAX_CHECKS = 64
+"""Blocks asked about at a time; the oldest make room, and are still validated together with a descendant."""
 
 
 @dataclass(slots=True)
@@ -42,6 +49,17 @@ class _Peer:
     """Something came up since, to be asked in its turn."""
 
 
+@dataclass(slots=True)
+class _Check:
+    """A block that no upstream is known to have connected yet."""
+
+    peer: str
+    parent: bytes
+    due_ns: int
+    pause_ns: int = FIRST_CHECK_NS
+    left: int = CHECKS
+
+
 class HeaderSync:
     """The header conversation with all peers."""
 
@@ -52,6 +70,7 @@ class HeaderSync:
         """The peer of the first sync."""
         self._retry_ns: int | None = None
         self._wants: list[Want] = []
+        self._checks: dict[bytes, _Check] = {}
         self.caught_up = False
 
     def take_wants(self) -> list[Want]:
@@ -121,6 +140,16 @@ class HeaderSync:
         self._retry_ns = now_ns + RETRY_NS
         return False
 
+    def follow(self, block_hash: bytes, peer: str, parent: bytes, now_ns: int) -> None:
+        """Ask whether an upstream has connected that block, first the peer that announced it, until unfollow()."""
+        self._checks[block_hash] = _Check(peer, parent, now_ns + FIRST_CHECK_NS)
+        if len(self._checks) > MAX_CHECKS:
+            del self._checks[next(iter(self._checks))]
+
+    def unfollow(self, block_hash: bytes) -> None:
+        """It needn't be asked about any longer."""
+        self._checks.pop(block_hash, None)
+
     def deadline(self) -> int | None:
         """When on_timer has something to do."""
         times = [
@@ -128,6 +157,7 @@ class HeaderSync:
             for peer in self._peers.values()
             if peer.asked_ns is not None and (peer.again or (peer.name == self._serving and not self.caught_up))
         ]
+        times += [check.due_ns for check in self._checks.values()]
         if self._retry_ns is not None:
             times.append(self._retry_ns)
         return min(times, default=None)
@@ -136,6 +166,9 @@ class HeaderSync:
         """Ask again what was not answered, or not to our satisfaction; of the next peer where there is one."""
         if (due := self.deadline()) is None or now_ns < due:
             return
+        for block_hash, check in list(self._checks.items()):
+            if now_ns >= check.due_ns:
+                self._check(block_hash, check, now_ns)
         serving = self._peers.get(self._serving or "")
         silent = serving is not None and serving.asked_ns is not None and now_ns >= serving.asked_ns + UNANSWERED_NS
         retry = self._retry_ns is not None and now_ns >= self._retry_ns
@@ -168,3 +201,14 @@ class HeaderSync:
             chain = self._chain
             locator = tuple(chain.locator_from(chain.hash_at(max(0, chain.tip_height - 1))))
         self._wants.append(Want(peer.source, peer.name, locator))
+
+    def _check(self, block_hash: bytes, check: _Check, now_ns: int) -> None:
+        """Ask whether an upstream has connected the block: only then does it serve the header after the parent's."""
+        check.left -= 1
+        if not check.left or not self._chain.knows(check.parent):
+            del self._checks[block_hash]
+            return
+        # The whole way down, or a peer that is on another branch would answer with all it has from genesis on.
+        self.ask(check.peer, now_ns, tuple(self._chain.locator_from(check.parent)))
+        check.pause_ns = min(2 * check.pause_ns, LAST_CHECK_NS)
+        check.due_ns = now_ns + check.pause_ns

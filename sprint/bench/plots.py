@@ -18,6 +18,14 @@ DPI = 130
 _OURS, _ALSO_OURS = "#d9480f", "#f59f00"
 _OTHERS = ("#1864ab", "#2b8a3e", "#862e9c", "#495057")
 _FAINT = "#868e96"
+_HOPS = {
+    "sprint_busy": ("Sprint's ring, polled", _OURS),
+    "sprint_blocking": ("Sprint's ring, woken by eventfd", _ALSO_OURS),
+    "multiprocessing_queue": ("multiprocessing.Queue", _OTHERS[0]),
+    "pipe": ("pipe", _OTHERS[1]),
+    "unix_datagram": ("Unix datagram socket", _OTHERS[2]),
+    "iceoryx2": ("iceoryx2, polled", _OTHERS[3]),
+}
 
 
 def require_matplotlib() -> None:
@@ -27,35 +35,31 @@ def require_matplotlib() -> None:
 
 
 def plot_ring(result: Mapping[str, Any], path: Path) -> None:
-    """Percentiles of the hop, a line for each way, both axes logarithmic: to the right, each step is rarer."""
-    hops, results = result["results"]["hops"], result["results"]
-    figure = _figure(9, 5.6)
+    """Percentiles of the hop, a line for each way, both axes logarithmic."""
+    results = result["results"]
+    hops = sorted(results["hops"].items(), key=lambda item: -item[1]["p50_us"])
+    figure = _figure()
     axes = figure.subplots()
-    shown = [percent for percent in PERCENTS if percent >= 10]
+    shown = [percent for percent in PERCENTS if percent >= 25]
     rarity = [100 / (100 - percent) for percent in shown]
-    ends = []
-    others = iter(_OTHERS)
-    for name, hop in hops.items():
-        ours = name.startswith("sprint")
-        colour = {"sprint_busy": _OURS, "sprint_blocking": _ALSO_OURS}.get(name) or next(others)
+    for name, hop in hops:
+        label, colour = _HOPS[name]
+        width = 2.6 if colour in {_OURS, _ALSO_OURS} else 1.5
         values = [hop[f"p{percent}_us"] for percent in shown]
-        axes.plot(rarity, values, color=colour, linewidth=2.6 if ours else 1.5, marker="o", markersize=3.5)
-        ends.append((hop["p50_us"], f"{name.replace('_', ' ')}  {hop['p50_us']:,.1f} µs", colour))
-    axes.set(xscale="log", yscale="log", xlim=(min(rarity), max(rarity)))
+        label = f"{label}: {hop['p50_us']:,.1f} µs"
+        axes.plot(rarity, values, color=colour, linewidth=width, marker="o", markersize=3.5, label=label)
+    axes.set(xscale="log", yscale="log", xlim=(min(rarity), max(rarity) * 1.02))
     axes.set_xticks(rarity, [f"{percent:g}" for percent in shown])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
-    axes.set_xlabel("percentile of records (each step to the right is rarer)")
+    axes.set_xlabel("percentile of records")
     axes.set_ylabel("writer hands over → reader has it, µs")
-    handles = [axes.plot([], [], color=colour, linewidth=2.6)[0] for _, _, colour in sorted(ends)[::-1]]
-    legend = axes.legend(handles, [label for _, label, _ in sorted(ends)[::-1]], title="median", loc="upper left")
-    legend.get_frame().set_linewidth(0)
+    legend = axes.legend(title="median", alignment="left", loc="upper left", framealpha=1, edgecolor="none")
+    legend.get_title().set_fontweight("bold")
     _finish(
         figure,
         axes,
         path,
         f"A record of {results['record_bytes']} bytes from one process to another",
-        f"{min(hop['records'] for hop in hops.values()):,} records each, {results['pause_us']} µs apart, "
+        f"{min(hop['records'] for _, hop in hops):,} records each, {results['pause_us']} µs apart, "
         f"in {results['rounds']} interleaved rounds; {result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
     )
 
@@ -64,7 +68,7 @@ def plot_stream(result: Mapping[str, Any], path: Path) -> None:
     """Time against subscribers, both axes logarithmic, with the tiers' relay targets across."""
     sizes = result["results"]["sizes"]
     numbers = [size["subscribers"] for size in sizes]
-    figure = _figure(9, 5.8)
+    figure = _figure()
     axes = figure.subplots()
     lines = (
         ("last subscriber has it", "sprint", "last_ms", _OURS, "-"),
@@ -81,18 +85,17 @@ def plot_stream(result: Mapping[str, Any], path: Path) -> None:
         target_ms = PROFILES[tier].relay_target_ns / NS_PER_MS
         if target_ms <= 3 * top:
             axes.axhline(target_ms, color=_FAINT, linewidth=0.8, linestyle=(0, (6, 4)))
-            label = f"{tier.label}: within {target_ms:g} ms"
+            label = f"{tier.label}'s target, {target_ms:g} ms"
             axes.annotate(
                 label, (0.995, target_ms), xycoords=("axes fraction", "data"), xytext=(0, 2),
                 textcoords="offset points", color=_FAINT, fontsize=8, ha="right", va="bottom",
             )  # fmt: skip
-    axes.set(xscale="log", yscale="log")
+    # To the right there is room for the tiers' names, where no line runs through them.
+    axes.set(xscale="log", yscale="log", xlim=(numbers[0] / 1.5, numbers[-1] * 8))
     axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     axes.set_xlabel("TCP subscribers")
     axes.set_ylabel("after the publication, ms (median round)")
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="upper left", framealpha=1, edgecolor="none")
     _finish(
         figure,
         axes,
@@ -103,12 +106,14 @@ def plot_stream(result: Mapping[str, Any], path: Path) -> None:
     )
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure() -> Any:
     # By name: its types demand a newer Python than we support.
-    return import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    return import_module("matplotlib.figure").Figure(figsize=(9, 5.7), layout="constrained")
 
 
 def _finish(figure: Any, axes: Any, path: Path, title: str, small_print: str) -> None:
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     axes.grid(axis="y", color="#dee2e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

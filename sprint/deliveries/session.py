@@ -19,7 +19,7 @@ from array import array
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
-from sprint.events import Lapped, State
+from sprint.events import Event, Lapped, State
 from sprint.frames import Format, lost_frame, record_frame
 from sprint.record import state_of
 
@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 
 _SEEN: Final = struct.Struct("<Q")
 _SEEN_OFFSET: Final = 176
+_EVENT_OFFSET: Final = 24
 _CATCHUP: Final = int(State.CATCHUP)
 
 
 def latency_origin_ns(record: bytes) -> int:
-    """When the record's block was first seen; 0 for one found in a catch-up, whose latency means nothing."""
-    if state_of(record) & _CATCHUP:
+    """When the record's block was first seen; 0 for whatever is not fresh news of a block: its latency means nothing.
+
+    What a record tells later (validated, stale) still carries the first sighting, and a block found in a catch-up was
+    seen late.
+    """
+    if record[_EVENT_OFFSET] != Event.PROVEN or state_of(record) & _CATCHUP:
         return 0
     return int(_SEEN.unpack_from(record, _SEEN_OFFSET)[0])
 

@@ -25,8 +25,8 @@ from sprint.bitcoin.messages import (
 )
 from sprint.bitcoin.networks import NETWORKS
 from sprint.bitcoin.peer_events import DataRequested, HeadersRequested
-from sprint.demo.regtest import MinedBlock, RegtestChain
 from sprint.errors import LocalProtocolError, RemoteProtocolError
+from sprint.regtest import MinedBlock, RegtestChain
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe

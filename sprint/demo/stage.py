@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sprint.demo.node import run_node
-from sprint.demo.relay_process import RelayProcess
+from sprint.demo.relay_process import START_TIMEOUT_S, RelayProcess
 from sprint.demo.subscriber import Delivered, Ready, Received, run_subscriber
 from sprint.errors import HostError
 from sprint.record import state_names
@@ -149,11 +149,11 @@ class Stage:
 
     def _await_ready(self) -> None:
         waiting = list(self._subscribers)
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while waiting:
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise HostError(f"{len(waiting)} subscribers were not accepted within {SETTLE_TIMEOUT_S:g} s")
+                raise HostError(f"{len(waiting)} subscribers were not accepted within {START_TIMEOUT_S:g} s")
             for pipe in ready:
                 self._take(pipe)
             waiting = [pipe for pipe in waiting if pipe not in ready]

@@ -1,4 +1,4 @@
-"""The relay process's log: lines through a pipe to the supervisor, which writes them; a full pipe loses lines, not time.
+"""The relay process's log: lines through a pipe to the supervisor, who writes them; a full pipe loses lines, not time.
 
 Whoever reads the service's log may stall; the relay must not.
 """

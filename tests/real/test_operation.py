@@ -188,7 +188,7 @@ def test_the_demo_delivers_every_block_to_every_subscriber_and_leaves_nothing_be
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=150,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

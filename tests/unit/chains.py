@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import HeaderChain
-from sprint.demo.regtest import RegtestChain
 from sprint.events import Announcement, Block, Event, HeaderRun, PeerGone, PeerReady, Sighting, Source, Want
+from sprint.regtest import RegtestChain
 from sprint.relay import Decision, Outcome, Relay
 from sprint.tiers import NS_PER_MS, NS_PER_S
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from sprint.bitcoin.networks import Network
-    from sprint.demo.regtest import MinedBlock
+    from sprint.regtest import MinedBlock
 
 WALL_S = 1_700_000_000
 MAX_RUN = 2_000

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sprint.bitcoin.codec import Message
     from sprint.bitcoin.peer_events import ConnectionEvent
-    from sprint.demo.regtest import MinedBlock
+    from sprint.regtest import MinedBlock
     from sprint.sources import Heard
     from sprint.status import Peer
 

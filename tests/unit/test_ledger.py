@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import Reject
-from sprint.demo.regtest import mine
 from sprint.events import Announcement, State
 from sprint.ledger import MAX_UNPROVEN, REJECT_INDEX, Ledger
+from sprint.regtest import mine
 from sprint.status import BLOCKS, MARKS, REASONS, StatusBlock
 from tests.unit.chains import MS, WALL_S, Stage, headers_of, sighting_of
 
 if TYPE_CHECKING:
-    from sprint.demo.regtest import MinedBlock
     from sprint.events import Sighting
+    from sprint.regtest import MinedBlock
     from sprint.status import Peer
 
 INV, HEADERS = Announcement.INV, Announcement.HEADERS

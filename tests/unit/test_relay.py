@@ -10,9 +10,11 @@ from sprint import relay as relay_module
 from sprint.bitcoin.block import Header, double_sha256
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import HeaderChain, Reject
-from sprint.demo.regtest import MinedBlock, mine
 from sprint.events import Announcement, Block, Event, Sighting, Source, State
-from sprint.relay import MAX_CHECKS, MAX_CLAIMS, MAX_HELD, Outcome, Relay
+from sprint.record import Record
+from sprint.regtest import MinedBlock, mine
+from sprint.relay import MAX_CLAIMS, MAX_HELD, Outcome, Relay
+from sprint.sync import MAX_CHECKS
 from tests.unit.chains import MS, SECOND, WALL_S, Stage, headers_of, sighting_of, told
 
 PROVEN, VALIDATED, STALE = Event.PROVEN, Event.VALIDATED, Event.STALE
@@ -272,7 +274,7 @@ def test_header_spam_leaves_nothing_behind_but_what_is_bounded() -> None:
             stage.hear(sighting_of(mine(stage.chain.hash_at(299), 300, WALL_S + 1_000, BITS, extra)))
     assert relay.held <= MAX_HELD
     assert len(relay._claims) <= MAX_CLAIMS
-    assert len(relay._checks) <= MAX_CHECKS
+    assert len(relay.sync._checks) <= MAX_CHECKS
     assert relay.take_journal() == []
     assert stage.asked < 20
     (block,) = stage.node.extend(1, WALL_S + 1)
@@ -285,7 +287,7 @@ def test_the_states_of_no_more_than_so_many_blocks_are_remembered() -> None:
     blocks = stage.node.extend(40, WALL_S)
     stage.hear(*(sighting_of(block) for block in blocks))
     assert len(stage.relay._known) == 10
-    assert len(stage.relay._checks) <= 10
+    assert len(stage.relay.sync._checks) <= 10
     assert stage.hear(sighting_of(blocks[0], "b")) == []  # forgotten, yet not proven again
     assert stage.outcomes()[-1] is Outcome.DUPLICATE
 
@@ -618,6 +620,36 @@ def test_a_relay_on_a_loaded_chain_publishes_nothing_of_it() -> None:
     assert stage.headers == b""
     old = stage.node.blocks[chain.hash_at(49)]
     assert stage.hear(sighting_of(old, "a", HEADERS)) == []
+
+
+def test_a_relay_that_takes_up_from_a_ring_publishes_nothing_twice_and_saves_what_was_lost() -> None:
+    before = Stage(blocks=10)
+    before.sync()
+    (loser,) = before.node.extend(1, WALL_S)
+    winners = _fork(before, 10, 2)
+    before.hear(sighting_of(loser), *(sighting_of(block) for block in winners))
+    records = [_record(number, block) for number, block in enumerate(before.published, 1)]
+    after = Stage()
+    after.node = before.node
+    after.chain.restore(before.node.headers_after([REGTEST.genesis_hash], bytes(32))[: 80 * 10])
+    after.relay.resume(records, after.now_ns, caught_up=True)
+    after.connect()
+    assert after.hear(*(sighting_of(block) for block in (loser, *winners))) == []
+    assert after.chain.tip_hash == winners[1].hash
+    assert sorted(after.headers) == sorted(headers_of([loser, *winners]))
+    after.wants.clear()
+    after.hear_run(b"")
+    after.wait(10 * MS)
+    assert after.wants  # the winners are still to be validated
+    assert told(after.hear(sighting_of(winners[1], "a", HEADERS))) == [(VALIDATED, block.hash) for block in winners]
+
+
+def _record(sequence: int, block: Block) -> Record:
+    return Record(
+        REGTEST.magic, 1, sequence, block.event, block.source, block.state, block.height, block.fork_height,
+        block.next_bits, block.median_time_past, block.transactions, block.size, block.wall_ns, block.hash,
+        block.header, block.seen_ns, block.seen_ns,
+    )  # fmt: skip
 
 
 def test_a_block_says_the_state_it_was_published_with_even_if_that_changes_later() -> None:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import HeaderChain
-from sprint.demo.regtest import MinedBlock, mine
 from sprint.events import Announcement, Block, Event, State
+from sprint.regtest import MinedBlock, mine
 from sprint.relay import Outcome
 from tests.unit.chains import WALL_S, Stage, headers_of, sighting_of
 

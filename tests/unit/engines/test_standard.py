@@ -15,20 +15,23 @@ from sprint.addresses import Address
 from sprint.bitcoin.networks import REGTEST
 from sprint.broadcaster import Broadcaster
 from sprint.chain import HeaderChain
+from sprint.composition import log_relayed
 from sprint.demo.node import Node
-from sprint.demo.regtest import RegtestChain
-from sprint.engines import standard
+from sprint.engines import turns
 from sprint.engines.standard import StandardSprint
+from sprint.engines.turns import Turns
 from sprint.errors import HostError
 from sprint.events import Event, PeerReady, State, Want
 from sprint.events import Source as Kind
 from sprint.header_file import HeaderFile
 from sprint.ledger import Ledger
 from sprint.record import Record, decode
+from sprint.regtest import RegtestChain
 from sprint.relay import Relay
 from sprint.ring import Ring, RingReader, RingWriter, size_for
 from sprint.sources.p2p import P2PSource
 from sprint.status import StatusBlock
+from sprint.tiers import Tier
 from tests.unit.chains import WALL_S, sighting_of
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
     from sprint.sources import Heard, Source
 
-LABEL = "Test relay successful"
+LABEL = "Turbo relay successful"
 PROVEN, VALIDATED = Event.PROVEN, Event.VALIDATED
 
 
@@ -93,15 +96,18 @@ class _Sprint:
         if sources is None:
             sources = [P2PSource(upstreams, REGTEST, lambda: self.chain.tip_height, self.status)]
         self.sources = sources
+        self.relay = Relay(self.chain)
         self.engine = StandardSprint(
-            relay=Relay(self.chain),
-            broadcaster=Broadcaster(RingWriter(ring), REGTEST.magic, [self.notes], time.monotonic_ns),
-            ring=ring,
-            ledger=Ledger(self.status),
-            header_file=self.file,
-            sources=sources,
-            log=self.notes,
-            relay_label=LABEL,
+            Turns(
+                relay=self.relay,
+                broadcaster=Broadcaster(RingWriter(ring), REGTEST.magic, [self.notes], time.monotonic_ns),
+                ring=ring,
+                ledger=Ledger(self.status),
+                header_file=self.file,
+                sources=sources,
+                log=self.notes,
+                on_relayed=lambda record: log_relayed(self.notes, Tier.TURBO, record),
+            )
         )
 
     async def until(self, condition: Callable[[], object]) -> None:
@@ -288,7 +294,7 @@ def test_a_signal_ends_it_in_good_order(tmp_path: Path, number: signal.Signals) 
 
 
 def test_a_full_disk_delays_the_header_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standard, "SAVE_RETRY_NS", 0)
+    monkeypatch.setattr(turns, "SAVE_RETRY_NS", 0)
 
     async def story() -> None:
         async with _node(3) as (node, address):
@@ -434,7 +440,7 @@ def test_questions_go_to_every_source_and_timers_of_the_relay_run(tmp_path: Path
         sprint = _Sprint(tmp_path, sources=[one, other])
         (block,) = node.extend(1, WALL_S)
         async with sprint.running():
-            relay = sprint.engine._relay
+            relay = sprint.relay
             relay.sync.caught_up = True
             one.say(PeerReady(Kind.P2P, "a", 0))
             while not one.wants:
@@ -451,7 +457,7 @@ def test_questions_go_to_every_source_and_timers_of_the_relay_run(tmp_path: Path
 
 
 def test_the_heartbeat_goes_on_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standard, "HOUSEKEEPING_S", 0.005)
+    monkeypatch.setattr(turns, "HOUSEKEEPING_NS", 5_000_000)
 
     async def story() -> None:
         sprint = _Sprint(tmp_path, sources=[_FakeSource()])
@@ -460,17 +466,5 @@ def test_the_heartbeat_goes_on_while_nothing_happens(tmp_path: Path, monkeypatch
             first = sprint.status.relay.heartbeat_ns
             while sprint.status.relay.heartbeat_ns == first:
                 await asyncio.sleep(0.001)
-
-    asyncio.run(story())
-
-
-def test_it_says_when_it_has_started(tmp_path: Path) -> None:
-    async def story() -> None:
-        sprint = _Sprint(tmp_path, sources=[_FakeSource()])
-        started = asyncio.Event()
-        task = asyncio.create_task(sprint.engine.run(started.set))
-        await asyncio.wait_for(started.wait(), 10)
-        sprint.engine.stop()
-        await task
 
     asyncio.run(story())

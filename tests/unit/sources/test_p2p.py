@@ -14,16 +14,16 @@ from sprint.addresses import Address
 from sprint.bitcoin.framing import encode_frame
 from sprint.bitcoin.messages import MSG_BLOCK, Inv
 from sprint.bitcoin.networks import REGTEST
-from sprint.demo.regtest import mine
 from sprint.events import Announcement, HeaderRun, PeerGone, PeerReady, Sighting, Source, Want
 from sprint.ledger import Ledger
+from sprint.regtest import mine
 from sprint.relay import Decision, Outcome
 from sprint.sources.p2p import MAX_HIGH_BANDWIDTH
 from tests.unit.chains import MS, SECOND, WALL_S
 from tests.unit.peers import Listener, closed_port, junk, rig_of
 
 if TYPE_CHECKING:
-    from sprint.demo.regtest import MinedBlock
+    from sprint.regtest import MinedBlock
 
 
 def _blocks(count: int) -> list[MinedBlock]:

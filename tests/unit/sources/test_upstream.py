@@ -20,14 +20,14 @@ from sprint.bitcoin.peer_events import (
     LatencyMeasured,
     NotFound,
 )
-from sprint.demo.regtest import RegtestChain
 from sprint.events import Announcement, HeaderRun, PeerReady, Sighting, Source
+from sprint.regtest import RegtestChain
 from sprint.sources.upstream import FIRST_PAUSE_NS, LAST_PAUSE_NS, MAX_ANNOUNCED_HEADERS, Upstream
 from tests.unit.chains import WALL_S, headers_of
 from tests.unit.peers import Listener
 
 if TYPE_CHECKING:
-    from sprint.demo.regtest import MinedBlock
+    from sprint.regtest import MinedBlock
     from sprint.sources import Heard
 
 CHAIN = RegtestChain()

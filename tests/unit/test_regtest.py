@@ -14,7 +14,7 @@ from sprint.bitcoin.block import (
 from sprint.bitcoin.compact import CmpctBlock
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import HeaderChain
-from sprint.demo.regtest import RegtestChain, coinbase_transaction, mine
+from sprint.regtest import RegtestChain, coinbase_transaction, mine
 from tests.unit.chains import WALL_S, headers_of
 
 

@@ -1,0 +1,277 @@
+"""MemorySprint put together: what the supervisor makes, and what each of its children is made of.
+
+The supervisor makes everything that must outlive a child before it forks the first one: the shared memory, the
+channels, the listening sockets, the header chain as it stands in the file. A child builds its own part from these; each
+method `_be_…` is the whole of one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from sprint.addresses import Address
+from sprint.api.app import create_app
+from sprint.api.server import ApiServer
+from sprint.bitcoin.networks import NETWORKS
+from sprint.broadcaster import Broadcaster
+from sprint.channels import EventChannel, SocketChannel
+from sprint.composition import facts_of, log_relayed, session_limit
+from sprint.deliveries.shm import ShmDelivery
+from sprint.deliveries.stream import StreamDelivery
+from sprint.engines.memory import RelayLoop
+from sprint.engines.rehearsal import Rehearsal
+from sprint.engines.relay_log import PipeLog
+from sprint.engines.supervisor import Child, Supervisor
+from sprint.engines.turns import Turns
+from sprint.events import Lapped
+from sprint.ledger import Ledger
+from sprint.optimize import Optimizations, Plan, cpu_plan
+from sprint.record import decode
+from sprint.relay import Relay
+from sprint.ring import Ring, RingReader, RingWriter, size_for
+from sprint.shared_memory import SharedMemory
+from sprint.sources.p2p import P2PSource
+from sprint.sources.upstream import Upstream
+from sprint.status import PROCESSES, STEPS, StatusBlock
+from sprint.status import SIZE as STATUS_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sprint.chain import HeaderChain
+    from sprint.channels import Channel
+    from sprint.config import Config
+    from sprint.header_file import HeaderFile
+    from sprint.optimize import Step
+
+REALTIME_PRIORITY = 10
+"""SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
+
+
+class MemorySprint:
+    """The supervisor's process: makes what is shared, then keeps the children alive."""
+
+    def __init__(self, config: Config, chain: HeaderChain, header_file: HeaderFile, log: Any) -> None:
+        """Raises HostError when memory can't be shared, or an address can't be bound."""
+        self._config = config
+        self._chain = chain
+        self._header_file = header_file
+        self._log = log
+        session = secrets.randbits(63) | 1
+        self._ring_memory = SharedMemory("sprint-ring", size_for(config.ring_slots))
+        self._ring = Ring.create(self._ring_memory.memory, config.ring_slots, session)
+        self._status_memory = SharedMemory("sprint-status", STATUS_SIZE)
+        self._status = StatusBlock.create(session, facts_of(config, "memory"), self._status_memory.memory)
+        self._relay_log = PipeLog()
+        self._seen = RingReader(self._ring)
+        self._relay_cpus, self._other_cpus = _cpus(config)
+        self._api = ApiServer(create_app(self._status), config.api_bind)
+        self._streams = _listeners(config.stream_bind, config.delivery_workers)
+        self._channels: dict[str, Channel] = {}
+        children = [Child("relay", self._be_relay)]
+        for number, listener in enumerate(self._streams):
+            children.append(self._worker(f"stream-{number}", self._be_stream_worker, number, listener))
+        children.append(self._worker("shm", self._be_shm_worker, len(self._streams)))
+        children.append(Child("api", self._be_api))
+        self._log_channel = self._channels["log"] = EventChannel()
+        self._children = tuple(children)
+
+    def run(self) -> None:
+        """Supervise until SIGINT or SIGTERM."""
+        config, log = self._config, self._log
+        log.info("⚡ Starting memory-optimized sprint with tight deadlines")
+        facts = self._status.facts
+        host, port = self._streams[0].getsockname()[:2]
+        facts["binds"] = {
+            "api": str(self._api.address),
+            "stream": str(Address(host, port)),
+            "shm": str(config.shm_socket),
+        }
+        self._status.facts = facts
+        supervisor = Supervisor(
+            self._children,
+            log,
+            self._show_child,
+            {
+                self._relay_log.fileno(): lambda: self._relay_log.forward(log),
+                self._log_channel.fileno(): self._log_records,
+            },
+        )
+        log.info("Listening", **facts["binds"], network=config.network.name)
+        try:
+            supervisor.run()
+        finally:
+            self._relay_log.forward(log)
+            self._api.stop()
+            for listener in self._streams:
+                listener.close()
+        log.info("Stopped")
+
+    def _worker(self, name: str, main: Callable[..., None], *arguments: Any) -> Child:
+        """A child that is woken by a channel of its own."""
+        channel = self._channels[name] = EventChannel() if self._config.use_memory_channel else SocketChannel()
+        return Child(name, lambda: main(channel, *arguments))
+
+    # The supervisor's own part while it supervises.
+
+    def _log_records(self) -> None:
+        self._log_channel.drain()
+        while (item := self._seen.read()) is not None:
+            if isinstance(item, Lapped):
+                self._log.warning("Records passed unlogged", first=item.first, count=item.lost)
+            else:
+                log_relayed(self._log, self._config.tier, decode(item))
+
+    def _show_child(self, child: Child) -> None:
+        index = self._children.index(child)
+        if index < PROCESSES:
+            row = self._status.layout.processes[index]
+            row.name, row.pid, row.restarts = child.name.encode()[:15], child.pid, child.restarts
+            row.started_ns = child.started_ns
+
+    # The relay's process.
+
+    def _be_relay(self) -> None:
+        config, chain, log = self._config, self._chain, self._relay_log
+        self._header_file.follow(chain)
+        relay = Relay(chain)
+        self._resume(relay)
+        source = P2PSource(config.upstreams, config.network, lambda: chain.tip_height, self._status)
+        turns = Turns(
+            relay=relay,
+            broadcaster=Broadcaster(
+                RingWriter(self._ring), config.network.magic, list(self._channels.values()), time.monotonic_ns
+            ),
+            ring=self._ring,
+            ledger=Ledger(self._status),
+            header_file=self._header_file,
+            sources=[source],
+            log=log,
+        )
+        if not config.optimize_system:
+            RelayLoop(turns, spin=False).run()
+            return
+        plan = Plan(
+            cpus=self._relay_cpus,
+            realtime_priority=REALTIME_PRIORITY,
+            lock_memory=True,
+            freeze_gc=True,
+            spin=True,
+        )
+        rehearsal = _rehearsal()
+        with Optimizations(plan) as optimizations:
+            steps = optimizations.steps
+            self._show_steps(steps)
+            spin = any(step.name == "spin" and step.applied for step in steps)
+            RelayLoop(turns, spin=spin, rehearsal=rehearsal if spin else None, on_idle=optimizations.idle).run()
+
+    def _resume(self, relay: Relay) -> None:
+        """What the ring holds has been published by the relay before this one; without any, this is the first."""
+        ring = self._ring
+        records = (ring.copy(sequence) for sequence in range(ring.oldest, ring.tail + 1))
+        caught_up = bool(self._status.relay.caught_up)
+        relay.resume(
+            [decode(record) for record in records if record is not None], time.monotonic_ns(), caught_up=caught_up
+        )
+
+    def _show_steps(self, steps: Sequence[Step]) -> None:
+        first_time = not self._status.layout.steps[0].name
+        for row, step in zip(self._status.layout.steps[:STEPS], steps, strict=False):
+            row.name, row.applied, row.detail = step.name.encode()[:15], step.applied, step.detail.encode()[:159]
+            if first_time and not step.applied:
+                self._relay_log.warning("System optimisation refused", step=step.name, reason=step.detail)
+
+    # The other processes.
+
+    def _be_stream_worker(self, channel: Channel, number: int, listener: socket.socket) -> None:
+        config = self._config
+        delivery = StreamDelivery(
+            self._ring,
+            self._status.delivery(number, f"stream-{number}"),
+            network=config.network.name,
+            tier_of_key=lambda _key: config.tier,
+            write_deadline_ns=config.write_deadlines_ns(),
+            max_sessions=session_limit(),
+        )
+        asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.serve(loop, listener)))
+
+    def _be_shm_worker(self, channel: Channel, number: int) -> None:
+        config = self._config
+        delivery = ShmDelivery(
+            self._ring_memory,
+            self._ring,
+            self._status.delivery(number, "shm"),
+            network=config.network.name,
+            tier_of_key=lambda _key: config.tier,
+            max_readers=session_limit(),
+        )
+        asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.start(loop, config.shm_socket)))
+
+    async def _deliver(
+        self,
+        channel: Channel,
+        delivery: StreamDelivery | ShmDelivery,
+        start: Callable[[asyncio.AbstractEventLoop], Any],
+    ) -> None:
+        """Run one delivery, woken by its channel, until SIGTERM."""
+        self._leave_relay_alone()
+        loop = asyncio.get_running_loop()
+        stopped = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, stopped.set)
+
+        def wake() -> None:
+            channel.drain()
+            delivery.publish()
+
+        start(loop)
+        loop.add_reader(channel.fileno(), wake)
+        await stopped.wait()
+        loop.remove_reader(channel.fileno())
+        delivery.close()
+
+    def _be_api(self) -> None:
+        self._leave_relay_alone()
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
+        self._api.start()
+        stopped.wait()
+        self._api.stop()
+
+    def _leave_relay_alone(self) -> None:
+        if self._config.optimize_system and self._other_cpus:
+            os.sched_setaffinity(0, self._other_cpus)
+
+
+def _cpus(config: Config) -> tuple[frozenset[int] | None, frozenset[int] | None]:
+    if not config.optimize_system:
+        return None, None
+    relay, others = cpu_plan(os.sched_getaffinity(0))
+    return relay, others
+
+
+def _listeners(bind: Address, workers: int) -> list[socket.socket]:
+    """One listening socket a worker, all on the same address: the kernel shares the subscribers out (SO_REUSEPORT).
+
+    They stay open here, so that those who connect while a worker is restarted wait for it instead of being refused.
+    """
+    first = StreamDelivery.listen(bind.host, bind.port, reuse_port=True)
+    port = first.getsockname()[1]
+    return [first, *(StreamDelivery.listen(bind.host, port, reuse_port=True) for _ in range(workers - 1))]
+
+
+def _rehearsal() -> Rehearsal:
+    """A rehearsal over a loopback connection of our own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        upstream = Upstream(Address("127.0.0.1", port), NETWORKS["regtest"], secrets.randbits(64), lambda: 0)
+        upstream.candidates = [(socket.AF_INET, ("127.0.0.1", port))]
+        upstream.connect(time.monotonic_ns(), high_bandwidth=True)
+        theirs, _ = listener.accept()
+    return Rehearsal(upstream, theirs)
