@@ -75,7 +75,9 @@ def _serve_standard(config: Config, chain: HeaderChain, header_file: HeaderFile,
         ring=ring,
         ledger=Ledger(status),
         header_file=header_file,
-        sources=[P2PSource(config.upstreams, config.network, lambda: chain.tip_height, status)],
+        sources=[
+            P2PSource(config.upstreams, config.network, lambda: chain.tip_height, status, direct=config.use_direct_p2p)
+        ],
         log=log,
         on_relayed=lambda record: log_relayed(log, config.tier, record),
     )

@@ -143,7 +143,9 @@ class MemorySprint:
         self._header_file.follow(chain)
         relay = Relay(chain)
         self._resume(relay)
-        source = P2PSource(config.upstreams, config.network, lambda: chain.tip_height, self._status)
+        source = P2PSource(
+            config.upstreams, config.network, lambda: chain.tip_height, self._status, direct=config.use_direct_p2p
+        )
         turns = Turns(
             relay=relay,
             broadcaster=Broadcaster(

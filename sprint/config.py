@@ -133,16 +133,24 @@ class Settings(BaseModel):
         Tier.FREE, description=f"The highest tier that this instance serves: {_TIER_NAMES}.", examples=["free"]
     )
     use_shared_memory: Annotated[bool, BeforeValidator(_switch)] | None = Field(
-        None, description="Keep the ring in shared memory.", examples=[_MEMORY_DEFAULT]
+        None,
+        description="Run the memory-optimised engine: ring in shared memory, a process for each job.",
+        examples=[_MEMORY_DEFAULT],
     )
     use_direct_p2p: Annotated[bool, BeforeValidator(_switch)] | None = Field(
-        None, description="Hear of blocks over peer-to-peer connections of our own.", examples=[_MEMORY_DEFAULT]
+        None,
+        description="Have nodes push blocks directly, before they have validated them.",
+        examples=[_MEMORY_DEFAULT],
     )
     use_memory_channel: Annotated[bool, BeforeValidator(_switch)] | None = Field(
-        None, description="Wake deliveries through memory instead of a loopback socket.", examples=[_MEMORY_DEFAULT]
+        None,
+        description="Wake its processes through memory (eventfd) instead of a loopback socket.",
+        examples=[_MEMORY_DEFAULT],
     )
     optimize_system: Annotated[bool, BeforeValidator(_switch)] | None = Field(
-        None, description="Pin, lock and prioritise the relay's process.", examples=[_MEMORY_DEFAULT]
+        None,
+        description="Pin, lock and prioritise its relay's process, which then polls without sleeping.",
+        examples=[_MEMORY_DEFAULT],
     )
     enable_kernel_bypass: Annotated[bool, BeforeValidator(_switch)] = Field(
         False, description="Ask for the kernel bypass; it takes effect on enterprise only.", examples=["false"]

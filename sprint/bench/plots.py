@@ -84,8 +84,8 @@ def plot_stream(result: Mapping[str, Any], path: Path) -> None:
     for tier in Tier:
         target_ms = PROFILES[tier].relay_target_ns / NS_PER_MS
         if target_ms <= 3 * top:
-            axes.axhline(target_ms, color=_FAINT, linewidth=0.8, linestyle=(0, (6, 4)))
-            label = f"{tier.label}'s target, {target_ms:g} ms"
+            axes.axhline(target_ms, color=_FAINT, linewidth=0.8, linestyle=(0, (6, 4)), zorder=1)
+            label = f"{tier.label} tier, {target_ms:g} ms"
             axes.annotate(
                 label, (0.995, target_ms), xycoords=("axes fraction", "data"), xytext=(0, 2),
                 textcoords="offset points", color=_FAINT, fontsize=8, ha="right", va="bottom",
@@ -95,7 +95,7 @@ def plot_stream(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
     axes.set_xlabel("TCP subscribers")
     axes.set_ylabel("after the publication, ms (median round)")
-    axes.legend(loc="upper left", framealpha=1, edgecolor="none")
+    axes.legend(loc="upper left", framealpha=1, edgecolor="none").set_zorder(1.5)  # hides targets, but no data
     _finish(
         figure,
         axes,

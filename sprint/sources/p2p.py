@@ -33,9 +33,20 @@ class P2PSource:
     """Keeps a connection to each upstream and says what they say."""
 
     def __init__(
-        self, upstreams: Sequence[Address], network: Network, tip_height: Callable[[], int], status: StatusBlock
+        self,
+        upstreams: Sequence[Address],
+        network: Network,
+        tip_height: Callable[[], int],
+        status: StatusBlock,
+        *,
+        direct: bool = True,
     ) -> None:
-        """`tip_height` gives the height that our version message claims."""
+        """`tip_height` gives the height that our version message claims.
+
+        `direct`: up to three upstreams are asked to push compact blocks before they have validated them; else all
+        announce what they have connected, which is later by the time that takes.
+        """
+        self._max_pushers = MAX_HIGH_BANDWIDTH if direct else 0
         nonce = random.getrandbits(64)
         self._status = status
         self._upstreams = {
@@ -144,7 +155,7 @@ class P2PSource:
                 self._resolver.submit(upstream.address)
                 return
             upstream.candidates = [found]
-        upstream.connect(now_ns, high_bandwidth=self._pushers() < MAX_HIGH_BANDWIDTH)
+        upstream.connect(now_ns, high_bandwidth=self._pushers() < self._max_pushers)
 
     def _on_resolved(self, now_ns: int) -> None:
         for address, found, error in self._resolver.results():
@@ -177,7 +188,7 @@ class P2PSource:
 
     def _on_left(self) -> None:
         """A connection, or an attempt at one, has ended: if its place as pusher is free now, another takes it."""
-        if self._pushers() >= MAX_HIGH_BANDWIDTH:
+        if self._pushers() >= self._max_pushers:
             return
         for other in self._upstreams.values():
             if other.ready and not other.account.high_bandwidth:

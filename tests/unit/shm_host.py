@@ -114,7 +114,7 @@ class Host:
             loop = asyncio.new_event_loop()
             delivery = self.delivery(**options)
             delivery.start(loop, self.path)
-            loop.add_reader(self.channel.fileno(), lambda: (self.channel.drain(), delivery.publish()))
+            loop.add_reader(self.channel.fileno(), self._publish, delivery)
             os.write(listens, b"!")
             loop.run_forever()
 
@@ -122,6 +122,10 @@ class Host:
         os.close(listens)
         with os.fdopen(listening, "rb") as pipe:
             assert pipe.read(1) == b"!", "the worker did not start"
+
+    def _publish(self, delivery: ShmDelivery) -> None:
+        self.channel.drain()
+        delivery.publish()
 
     def kill_worker(self) -> None:
         if self.worker:

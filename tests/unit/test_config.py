@@ -38,9 +38,12 @@ SETTABLE: list[tuple[str, str, str, Any, str, Any]] = [
     ),
     ("API_BIND", "api_bind", "0.0.0.0:80", Address("0.0.0.0", 80), "[::]:0", Address("::", 0)),
     ("STREAM_BIND", "stream_bind", "0.0.0.0:81", Address("0.0.0.0", 81), "localhost:9", Address("localhost", 9)),
+    ("DELIVERY_WORKERS", "delivery_workers", "3", 3, "8", 8),
+    ("SHM_SOCKET", "shm_socket", "/run/sprint.sock", Path("/run/sprint.sock"), "here.sock", Path("here.sock")),
     ("DATA_DIR", "data_dir", "/srv/sprint", Path("/srv/sprint"), "kept/here", Path("kept/here")),
     ("LOG_FORMAT", "log_format", "json", "json", "text", "text"),
 ]
+PATHS = {"DATA_DIR", "SHM_SOCKET"}
 BAD = [
     ("TIER", "platinum", "expected one of free, pro, business, turbo, enterprise"),
     ("TIER", " ", "expected one of free, pro, business, turbo, enterprise"),
@@ -63,6 +66,8 @@ BAD = [
     *((name, "8080", "a port is missing: expected host:port") for name in ("API_BIND", "STREAM_BIND")),
     *((name, "localhost:65536", "port '65536': expected 0 to 65535") for name in ("API_BIND", "STREAM_BIND")),
     *((name, ":80", "expected host:port") for name in ("API_BIND", "STREAM_BIND")),
+    *(("DELIVERY_WORKERS", value, "expected a whole number from 1 to 8") for value in ("0", "9", "two", "-1")),
+    ("SHM_SOCKET", "$HOME/sprint.sock", "variables in it are not replaced"),
     ("DATA_DIR", "${HOME}/sprint", "variables in it are not replaced"),
     ("DATA_DIR", "~no-such-user/sprint", "there is no home directory for ~"),
     ("LOG_FORMAT", "xml", "expected text or json"),
@@ -242,7 +247,7 @@ def test_any_text_is_taken_or_refused_in_one_plain_line(name: str, value: str, t
         assert_one_plain_line(complaint)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "DATA_DIR"])  # any other text is a folder's name
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PATHS])  # any other text is a path
 @pytest.mark.parametrize("value", ["x:1\n2", "\x1b[2J:1", "x:\x1b[31m", "x\x00:1", "x:\u202e1", "\udc80:1"])
 def test_control_characters_in_a_value_never_reach_the_message(name: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
