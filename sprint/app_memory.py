@@ -276,4 +276,5 @@ def _rehearsal() -> Rehearsal:
         upstream.candidates = [(socket.AF_INET, ("127.0.0.1", port))]
         upstream.connect(time.monotonic_ns(), high_bandwidth=True)
         theirs, _ = listener.accept()
+    theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Rehearsal(upstream, theirs)

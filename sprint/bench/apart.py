@@ -31,6 +31,8 @@ Progress = Callable[[str, int, int], None]
 
 ANSWER_TIMEOUT_S = 120.0
 """Longer than any one step of a benchmark takes, even on a machine that is busy with something else."""
+END_TIMEOUT_S = 5.0
+"""How long a measurement that is told to end may take to remove what it made."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,6 +58,9 @@ def run_apart(module: str, settings: dict[str, Any], progress: Progress) -> dict
                 else:
                     result = said["result"]
         except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_TIMEOUT_S)
             process.kill()
             raise
     if process.returncode or result is None:
@@ -66,7 +71,8 @@ def run_apart(module: str, settings: dict[str, Any], progress: Progress) -> dict
 def be_apart(measure: Callable[[dict[str, Any], Progress], dict[str, Any]]) -> None:
     """The main of such a module: measure with the settings given, and say what comes out."""
     settings, parent = sys.argv[1:]
-    die_with(int(parent))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    die_with(int(parent), signal.SIGTERM)
     _ask_for_the_cpu()
 
     def say(**what: Any) -> None:
@@ -81,9 +87,9 @@ def be_apart(measure: Callable[[dict[str, Any], Progress], dict[str, Any]]) -> N
     say(result=result)
 
 
-def die_with(parent: int) -> None:
-    """Let the kernel end this process when `parent`, which started it, ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent: int, number: signal.Signals) -> None:
+    """Let the kernel send this process that signal when `parent`, which started it, ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before we could ask
         os._exit(1)
 
@@ -106,7 +112,9 @@ class Helper:
         """Fork: from a process of one thread only. `cpu`: run on that one alone; None: anywhere."""
         context = multiprocessing.get_context("fork")
         self.control, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(target=_be_helper, args=(main, theirs, os.getpid(), cpu))
+        self._process: BaseProcess = context.Process(
+            target=_be_helper, args=(main, theirs, os.getpid(), cpu), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -137,8 +145,8 @@ class Helper:
 
 
 def _be_helper(main: Callable[[Connection], None], control: Connection, parent: int, cpu: int | None) -> None:
-    die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the one who forked us, and by that us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with(parent, signal.SIGKILL)
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
     main(control)

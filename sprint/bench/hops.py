@@ -43,6 +43,9 @@ class Hop(Protocol):
     def reader(self) -> Callable[[], bytes]:
         """Open the reader's end, in the reader's process: waits for the next record."""
 
+    def close(self) -> None:
+        """Let go of what was made before the fork, once both processes have ended."""
+
 
 class RingHop:
     """Our ring in sealed shared memory, as the memory-optimised engine sets it up; its reader spins."""
@@ -83,6 +86,10 @@ class RingHop:
 
         return receive
 
+    def close(self) -> None:
+        """Close the memory's descriptor."""
+        os.close(self._shared.descriptor)
+
 
 class BlockingRingHop(RingHop):
     """The same ring; its reader sleeps until an eventfd wakes it."""
@@ -120,6 +127,11 @@ class BlockingRingHop(RingHop):
 
         return receive
 
+    def close(self) -> None:
+        """Close both descriptors."""
+        super().close()
+        os.close(self._channel.fileno())
+
 
 class QueueHop:
     """multiprocessing.Queue: pickled, and sent through a pipe by a thread of the writer's process."""
@@ -137,6 +149,11 @@ class QueueHop:
     def reader(self) -> Callable[[], bytes]:
         """get() sleeps."""
         return self._queue.get
+
+    def close(self) -> None:
+        """Close it; in a process that has put something in, wait until its thread has sent it."""
+        self._queue.close()
+        self._queue.join_thread()
 
 
 class PipeHop:
@@ -157,6 +174,11 @@ class PipeHop:
         read, descriptor = os.read, self._read
         return lambda: read(descriptor, SIZE)
 
+    def close(self) -> None:
+        """Close both ends."""
+        os.close(self._read)
+        os.close(self._write)
+
 
 class DatagramHop:
     """A pair of Unix datagram sockets; its reader sleeps."""
@@ -175,6 +197,11 @@ class DatagramHop:
         receive = self._receiving.recv
         return lambda: receive(SIZE)
 
+    def close(self) -> None:
+        """Close both ends."""
+        self._sending.close()
+        self._receiving.close()
+
 
 class _Payload(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_uint8 * SIZE),)
@@ -184,7 +211,7 @@ class IceoryxHop:
     """iceoryx2's publish-subscribe through its Python package; its reader spins.
 
     Both ends go by the payload's address, which its documentation shows and which is quicker than its ctypes objects.
-    Its files live in a folder and under a prefix of this run alone, and clean() removes them.
+    Its files live in a folder and under a prefix of this run alone, and close() removes them.
     """
 
     name = "iceoryx2"
@@ -237,8 +264,8 @@ class IceoryxHop:
 
         return receive
 
-    def clean(self) -> None:
-        """Remove what its nodes left behind, once both processes have ended."""
+    def close(self) -> None:
+        """Remove what its nodes left behind."""
         shutil.rmtree(self._folder, ignore_errors=True)
         for left in Path("/dev/shm").glob(f"{self._prefix}*"):  # noqa: S108 - where it keeps its segments
             left.unlink(missing_ok=True)

@@ -95,8 +95,8 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
     finally:
         writer.close()
         reader.close()
-        if iceoryx is not None:
-            iceoryx.clean()
+        for hop in (ring, *hops):
+            hop.close()
     ways: dict[str, dict[str, float]] = {
         name: {**percentiles_us(times), "records": len(times), "lost": lost[name], "torn": torn[name]}
         for name, times in latencies.items()
@@ -251,8 +251,7 @@ def _read_flat_out(reader: RingReader, count: int) -> dict[str, int]:
         else:
             told += record.lost
     ended = time.monotonic_ns()
-    standing = RingReader(reader.ring, since=1)
-    standing.read()  # Lapped: it now stands at the oldest
+    standing = RingReader(reader.ring, since=reader.ring.oldest)
     draining = standing.behind
     while standing.read():
         pass

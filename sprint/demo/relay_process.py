@@ -63,6 +63,11 @@ class RelayProcess:
             time.sleep(0.02)
         raise HostError("Sprint did not become healthy; the end of its log:\n" + "\n".join(self.log))
 
+    @property
+    def shm_socket(self) -> str | None:
+        """Where the ring itself is handed out; None where it isn't (the standard engine)."""
+        return None if self._listening is None else self._listening.get("shm")
+
     def ask(self, name: str) -> Any:
         """One answer of the API, a 503's included."""
         assert self._listening is not None

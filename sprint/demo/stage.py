@@ -24,7 +24,7 @@ from rich.table import Table
 
 from sprint.demo.node import run_node
 from sprint.demo.relay_process import START_TIMEOUT_S, RelayProcess
-from sprint.demo.subscriber import Delivered, Ready, Received, run_subscriber
+from sprint.demo.subscriber import Delivered, Ready, Received, run_shared_subscriber, run_subscriber
 from sprint.errors import HostError
 from sprint.record import state_names
 
@@ -93,6 +93,11 @@ class Stage:
             ours, theirs = context.Pipe()
             stack.callback(ours.close)
             self._start(context, run_subscriber, (theirs, self.stream), theirs, tell_all=number == 0)
+            self._subscribers.append(ours)
+        if self.relay.shm_socket is not None:
+            ours, theirs = context.Pipe()
+            stack.callback(ours.close)
+            self._start(context, run_shared_subscriber, (theirs, self.relay.shm_socket), theirs)
             self._subscribers.append(ours)
         self._await_ready()
 
@@ -214,12 +219,15 @@ def _view(stage: Stage) -> Group:
     bypass = stage.relay.ask("turbo-status")["kernelBypass"]
     head = Table.grid(padding=(0, 2))
     head.add_row("status page", f"http://{stage.api}/api/turbo-status", "stream", stage.stream)
-    tiers = ", ".join(f"{tier}, write deadline {deadline}" for tier, deadline in score.tiers.items())
+    tiers = "; ".join(f"{tier}: write deadline {deadline}" for tier, deadline in score.tiers.items())
     head.add_row("subscribers", tiers, "delivered", f"{score.delivered} of {stage.expected}")
     latency = score.latency_us()
     figures = ", ".join(f"{name} {value:,.0f} µs" for name, value in latency.items() if value is not None)
     head.add_row("seen → subscriber", figures, "kernel bypass", "active" if bypass["active"] else bypass["reason"])
     table = Table("seq", "event", "height", "hash", "state", box=None, pad_edge=False)
+    health = stage.relay.ask("health")
+    processes = ", ".join(f"{row['name']} {row['pid']}" for row in health["processes"]) or "one"
+    head.add_row("engine", health["engine"], "processes", processes)
     for record in score.records:
         states = " ".join(state_names(record.state))
         table.add_row(

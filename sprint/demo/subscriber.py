@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sprint.client import Subscribed, events
 from sprint.events import Event
 from sprint.record import Record
+from sprint.shared_reader import SharedReader
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
@@ -68,21 +69,11 @@ class _Checker:
 
 
 def run_subscriber(pipe: Pipe, address: str, *, tell_all: bool) -> None:
-    """Subscribe and report by `pipe`, which brings the hashes mined; ends when its other end is closed.
+    """Subscribe to the stream and report by `pipe`, which brings the hashes mined; ends when its other end is closed.
 
     `tell_all`: report every record too, for the view.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo's first process
-    checker = _Checker(pipe)
-
-    def listen() -> None:
-        try:
-            while True:
-                checker.mined(pipe.recv())
-        except (EOFError, OSError):
-            os._exit(0)  # the demo has ended; the main thread waits for a socket
-
-    threading.Thread(target=listen, daemon=True).start()
+    checker = _checker(pipe)
     for item in events(address):
         now_ns = time.monotonic_ns()
         if isinstance(item, Subscribed):
@@ -92,3 +83,30 @@ def run_subscriber(pipe: Pipe, address: str, *, tell_all: bool) -> None:
                 checker.came(item.hash, now_ns - item.seen_ns)
             if tell_all:
                 pipe.send(Received(item))
+
+
+def run_shared_subscriber(pipe: Pipe, path: str) -> None:
+    """As run_subscriber, but reads the ring itself, in shared memory."""
+    checker = _checker(pipe)
+    with SharedReader(path) as reader:
+        pipe.send(Ready(f"{reader.tier}, shared memory", "none: it reads the ring itself"))
+        for record in reader:
+            now_ns = time.monotonic_ns()
+            if record.event is Event.PROVEN:
+                checker.came(record.hash, now_ns - record.seen_ns)
+
+
+def _checker(pipe: Pipe) -> _Checker:
+    """A checker, fed by a thread of its own with what the node says it mined."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo's first process
+    checker = _Checker(pipe)
+
+    def listen() -> None:
+        try:
+            while True:
+                checker.mined(pipe.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the demo has ended; the main thread waits for a block
+
+    threading.Thread(target=listen, daemon=True).start()
+    return checker

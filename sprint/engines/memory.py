@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from sprint.engines.turns import Turns
 
-REHEARSE_SPINS = 300
-"""Idle turns between two rehearsals; about a millisecond, in which the caches begin to cool."""
+REHEARSE_SPINS = 1_000
+"""Idle turns between two rehearsals: about a millisecond, in which the caches begin to cool. A rehearsal takes 70 µs:
+seven announcements of a hundred meet one, and wait 35 µs, which is less than a cold path costs each of them."""
 
 
 class Rehearses(Protocol):

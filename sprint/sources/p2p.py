@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_HIGH_BANDWIDTH = 3
 """BIP152: ask no more than three peers to push compact blocks."""
+_NEVER = 1 << 63
 READ_SIZE = 1 << 18
 """One upstream's share of a turn: 4 MB of junk take 16 turns, and every other upstream is heard between them."""
 
@@ -61,7 +62,7 @@ class P2PSource:
         self._buffer = memoryview(bytearray(READ_SIZE))
         self._heard: list[Heard] = []
         self._due_ns = 0
-        """What deadline() said last."""
+        """The first upstream's deadline when it was last looked at: nothing but sockets is before that."""
         for name in self._upstreams:
             status.peer_index(name)
 
@@ -73,11 +74,13 @@ class P2PSource:
         """Read and write what can be, connect what has to be."""
         heard = self._heard
         self._heard = []
+        touched = False
         for _ in range(len(self._watched) + 1):
             # One at a time: epoll then puts it behind the others, so that nobody who talks without end is always first.
             ready = self._epoll.poll(0, 1)
             if not ready:
                 break
+            touched = True
             descriptor, mask = ready[0]
             upstream = self._watched.get(descriptor)
             if upstream is None:
@@ -90,22 +93,26 @@ class P2PSource:
             self._watch(upstream)
             if heard:  # what one upstream says doesn't wait for what the next one may say: epoll reports that again
                 break
-        if heard and now_ns < self._due_ns:
+        if now_ns < self._due_ns and (heard or not touched):
             return heard
         # Even if one of them never stops talking, the others' time-outs and attempts have their turn.
         for upstream in self._upstreams.values():
             due = upstream.deadline()
             if due is not None and now_ns >= due:
                 heard += self._on_timer(upstream, now_ns)
+        self._note_deadline()
         return heard
 
     def deadline(self) -> int | None:
         """The first upstream's next time-out, ping or attempt."""
         if self._heard:
             return 0
+        return self._note_deadline()
+
+    def _note_deadline(self) -> int | None:
         times = [upstream.deadline() for upstream in self._upstreams.values()]
         due_ns = min((time_ns for time_ns in times if time_ns is not None), default=None)
-        self._due_ns = 0 if due_ns is None else due_ns
+        self._due_ns = _NEVER if due_ns is None else due_ns
         return due_ns
 
     def want(self, want: Want, now_ns: int) -> None:

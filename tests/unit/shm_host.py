@@ -6,15 +6,20 @@ composes it, and is killed and started again like it.
 
 from __future__ import annotations
 
+import array
 import asyncio
+import gc
+import json
 import mmap
 import os
+import select
 import signal
+import socket
 import sys
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sprint.channels import EventChannel
@@ -28,7 +33,7 @@ from sprint.status import StatusBlock
 from sprint.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
     from sprint.status import Delivery
@@ -166,3 +171,99 @@ def until(holds: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.001)
+
+
+class Client:
+    """A reader by hand: says its hello and takes what it is given."""
+
+    def __init__(self, path: Path, hello: bytes = b'{"key":"turbo"}\n') -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(PATIENCE_S)
+        self.sock.connect(os.fspath(path))
+        with suppress(BrokenPipeError):  # of a hello that is refused before its end
+            self.sock.sendall(hello)
+        self.descriptors: list[int] = []
+
+    def answer(self) -> dict[str, Any]:
+        data, control, flags, _ = self.sock.recvmsg(4096, socket.CMSG_SPACE(64), socket.MSG_CMSG_CLOEXEC)
+        assert not flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC)
+        for level, kind, content in control:
+            assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            self.descriptors += array.array("i", content)
+        assert data.endswith(b"\n")
+        answer: dict[str, Any] = json.loads(data)
+        return answer
+
+    def woken(self, timeout_s: float = 0) -> bool:
+        """Whether it was woken since it was last asked."""
+        _, wake = self.descriptors
+        with select.epoll.fromfd(os.dup(wake)) as waiting:
+            return bool(waiting.poll(timeout_s))
+
+    def closed(self) -> bool:
+        """Whether the server hangs up, saying nothing more."""
+        with suppress(ConnectionResetError):
+            return self.sock.recv(1) == b""
+        return True
+
+    def close(self) -> None:
+        self.sock.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+@contextmanager
+def reader(path: Path, hello: bytes = b'{"key":"turbo"}\n') -> Iterator[Client]:
+    with closing(Client(path, hello)) as client:
+        assert "error" not in client.answer()
+        yield client
+
+
+def refusal(path: Path, hello: bytes) -> dict[str, Any]:
+    with closing(Client(path, hello)) as client:
+        answer = client.answer()
+        assert client.descriptors == []
+        assert client.closed()
+        return answer
+
+
+def open_descriptors() -> set[str]:
+    gc.collect()  # mappings that earlier tests left hold some
+    return set(os.listdir("/proc/self/fd"))
+
+
+class Local:
+    """A delivery on the test's own loop."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.host = Host(path)
+        self.path = path
+        self.delivery = self.host.delivery(**options)
+
+    def start(self) -> None:
+        self.delivery.start(asyncio.get_running_loop(), self.path)
+
+    async def client(self, tier: str) -> Client:
+        client = Client(self.path, json.dumps({"key": tier}).encode() + b"\n")
+        waiting = select.poll()
+        waiting.register(client.sock, select.POLLIN)
+        while not waiting.poll(0):
+            await asyncio.sleep(0.001)
+        return client
+
+    def close(self) -> None:
+        self.delivery.close()
+        os.close(self.host.memory.descriptor)
+        os.close(self.host.channel.fileno())
+
+
+def on_a_loop(path: Path, test: Callable[[Local], Coroutine[Any, Any, None]], **options: Any) -> None:
+    async def run() -> None:
+        local = Local(path, **options)
+        local.start()
+        try:
+            await asyncio.wait_for(test(local), PATIENCE_S)
+        finally:
+            local.close()
+
+    asyncio.run(run())

@@ -1,4 +1,4 @@
-"""`sprint bench ring`, so small that it takes a second or two: that every record is accounted for, not how fast it is."""
+"""`sprint bench ring`, very small: that every record is accounted for, not how fast it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from sprint.bench import plots
 from sprint.bench.hops import BlockingRingHop, DatagramHop, Hop, IceoryxHop, PipeHop, QueueHop, RingHop
 from sprint.bench.percentiles import PERCENTS
-from sprint.bench.ring import FLAT_OUT, _read_flat_out, _Reader, _write_flat_out, measure_ring
+from sprint.bench.ring import _read_flat_out, _Reader, _write_flat_out, measure_ring
 from sprint.record import SIZE
 from sprint.ring import RingReader
 
@@ -36,7 +36,7 @@ def test_every_way_is_measured_in_the_same_run_and_loses_nothing(
         assert (hop["records"], hop["lost"], hop["torn"]) == (ROUNDS * RECORDS, 0, 0), name
         times = [hop[key] for key in (*(f"p{percent}_us" for percent in PERCENTS), "max_us")]
         assert times == sorted(times)
-        assert 0.1 < times[0], f"{name}: no record crosses in less than 100 ns"
+        assert times[0] > 0.1, f"{name}: no record crosses in less than 100 ns"
         assert times[-1] < 60_000_000, name
         assert (f"records by {name}", ROUNDS, ROUNDS) in steps
 
@@ -77,9 +77,8 @@ def test_each_way_brings_the_bytes_that_were_handed_over_in_order(kind: type[Any
         hand_over(record)
         record[:] = bytes(SIZE)  # the next record is written into the same buffer
         assert receive() == bytes([number] * SIZE)
-    if isinstance(hop, IceoryxHop):
-        del receive, hand_over
-        hop.clean()
+    del receive, hand_over
+    hop.close()
 
 
 def test_a_record_that_is_a_mixture_of_two_is_counted_as_torn() -> None:
@@ -97,6 +96,8 @@ def test_a_record_that_is_a_mixture_of_two_is_counted_as_torn() -> None:
     assert ours.recv() == "ready"
     heard = ours.recv()
     assert (heard["torn"], heard["lost"], len(heard["latencies"])) == (1, 0, 2)
+    for opened in (ours, theirs, pipe, ring):
+        opened.close()
 
 
 def test_flat_out_a_torn_record_is_counted() -> None:
@@ -106,10 +107,7 @@ def test_flat_out_a_torn_record_is_counted() -> None:
     hop._shared.memory[192 + 3 * SIZE + 100] ^= 1
     read = _read_flat_out(RingReader(reader.ring, since=1), 10)
     assert (read["read"], read["told"], read["torn"], read["drained"]) == (10, 0, 1, 10)
-
-
-def test_flat_out_overtakes_the_reader_often_enough_to_prove_something() -> None:
-    assert FLAT_OUT > 10 * RingHop().ring_reader().ring.slots
+    hop.close()
 
 
 def test_the_plot_is_a_picture(measured: tuple[dict[str, Any], list[tuple[str, int, int]]], tmp_path: Path) -> None:
