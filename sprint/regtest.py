@@ -19,6 +19,7 @@ VERSION = 0x2000_0000
 """BIP9: no soft fork signalled."""
 SUBSIDY = 50 * 100_000_000
 OP_TRUE = b"\x51"
+_OP_1, _LARGEST_OPCODE_NUMBER = 0x51, 16
 MINED_BY = b"/Sprint demo/"
 
 
@@ -43,7 +44,7 @@ class MinedBlock:
 
 def coinbase_transaction(height: int, extra: bytes = MINED_BY) -> bytes:
     """A coinbase that anybody may spend. Its script begins with the height (BIP34)."""
-    script = encode_bytes(_script_number(height)) + encode_bytes(extra)
+    script = _pushed(height) + encode_bytes(extra)
     output = struct.pack("<q", SUBSIDY) + encode_bytes(OP_TRUE)
     return b"".join((
         struct.pack("<i", 1), b"\x01", bytes(32), b"\xff" * 4, encode_compact_size(len(script)), script, b"\xff" * 4,
@@ -94,6 +95,8 @@ class RegtestChain:
         return self.headers.headers_after(list(locator), stop)
 
 
-def _script_number(value: int) -> bytes:
-    """A number as scripts push it: little-endian, the last byte's top bit being the sign."""
-    return value.to_bytes(value.bit_length() // 8 + 1, "little") if value else b""
+def _pushed(number: int) -> bytes:
+    """A number as scripts push it: small ones by an opcode of their own, others little-endian with a sign bit."""
+    if number <= _LARGEST_OPCODE_NUMBER:
+        return bytes([_OP_1 - 1 + number]) if number else b"\x00"
+    return encode_bytes(number.to_bytes(number.bit_length() // 8 + 1, "little"))

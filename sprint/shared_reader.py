@@ -354,7 +354,7 @@ class SharedReader:
     def _lose(self, error: SprintError) -> None:
         self._hang_up()
         if not self._reconnect or isinstance(error, SubscriptionRefusedError | HostError):
-            self._failure = error
+            self._failure = error.with_traceback(None)  # which would keep what was handed over mapped
         self._retry_ns = time.monotonic_ns() + (FULL_RETRY_NS if isinstance(error, ServerFullError) else RETRY_NS)
 
     def _hang_up(self) -> None:

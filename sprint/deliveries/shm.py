@@ -140,6 +140,8 @@ class ShmDelivery:
         self._path, self._bound = path, (found.st_dev, found.st_ino)
         self._loop = loop
         self._sequence = self._ring.tail
+        for ledger in self._ledgers.values():
+            ledger.accounts.subscribers = 0  # those of a predecessor that was killed are gone
         self._reception = Reception(
             loop,
             listener,

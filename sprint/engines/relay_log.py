@@ -12,6 +12,8 @@ from typing import Any
 
 _MAX_LINE = 2048
 """Less than PIPE_BUF (4096, pipe(7)): a line is written whole or not at all."""
+_MAX_VALUE = 100
+"""What is left of each value in a line that would be longer."""
 _READ = 1 << 16
 
 
@@ -21,6 +23,7 @@ class PipeLog:
     def __init__(self) -> None:
         self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._rest = b""
+        self._lost = 0
 
     def fileno(self) -> int:
         """The supervisor's end."""
@@ -49,7 +52,25 @@ class PipeLog:
                 getattr(log, level)(event, **values)
 
     def _write(self, level: str, event: str, values: dict[str, Any]) -> None:
-        line = json.dumps([level, event, values], default=str).encode()
+        if self._lost and self._put(_line("warning", "Log lines lost", {"count": self._lost})):
+            self._lost = 0
+        self._lost += not self._put(_line(level, event, values))
+
+    def _put(self, line: bytes) -> bool:
+        try:
+            os.write(self._writing, line)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _line(level: str, event: str, values: dict[str, Any]) -> bytes:
+    """One line of JSON, whatever the values are; where they are too long, or no JSON, the beginning of each."""
+    with suppress(TypeError, ValueError, RecursionError):
+        line = json.dumps([level, event, values], default=str)
         if len(line) < _MAX_LINE:
-            with suppress(BlockingIOError):
-                os.write(self._writing, line + b"\n")
+            return line.encode() + b"\n"
+    cut: dict[str, Any] = {name: repr(value)[:_MAX_VALUE] for name, value in values.items()}
+    while len(line := json.dumps([level, event[:_MAX_VALUE], cut])) >= _MAX_LINE:
+        cut.popitem()  # escaped, a letter takes up to twelve
+    return line.encode() + b"\n"

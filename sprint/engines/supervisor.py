@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sprint.tiers import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 FIRST_RESTART_NS = 50 * NS_PER_MS
-LAST_RESTART_NS = 10 * NS_PER_S
+LAST_RESTART_NS = 1 * NS_PER_S
+"""However often a child was killed, it is back within two seconds."""
 STEADY_NS = 10 * NS_PER_S
 """A child that ran for this long was no failed start: it is restarted at once."""
 STOP_TIMEOUT_S = 5.0
@@ -93,19 +94,37 @@ class Supervisor:
         self._stopping = True
 
     def _start(self, child: Child, now_ns: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever reads them may have gone
+                stream.flush()
         parent = os.getpid()
-        pid = os.fork()
-        if not pid:
-            self._be(child, parent)
-        child.pid = pid
-        child.started_ns, child.restart_ns = now_ns, None
-        child.pidfd = os.pidfd_open(pid)
+        # A signal that met the child with our handlers still in place would be taken, and forgotten.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            pid = os.fork()
+            if not pid:
+                self._be(child, parent, mask)
+            child.pid, child.started_ns, child.restart_ns = pid, now_ns, None
+            child.pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            self._give_up(child, now_ns, error)
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._on_death(child))
         self.on_change(child)
 
-    def _be(self, child: Child, parent: int) -> NoReturn:
+    def _give_up(self, child: Child, now_ns: int, error: OSError) -> None:
+        """The machine has no process, or no descriptor, left for this child: later perhaps."""
+        if child.pid:
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+            child.pid = 0
+        self._postpone(child, now_ns)
+        self.on_change(child)
+        self.log.error("Child can't be started", child=child.name, error=error.strerror)
+
+    def _be(self, child: Child, parent: int, mask: Iterable[int]) -> NoReturn:
         """The child's whole life. It never returns into the supervisor's code, whatever happens."""
         code = 1
         try:
@@ -114,6 +133,7 @@ class Supervisor:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, which ends us in order
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 self._selector.close()
                 child.main()
                 code = 0
@@ -131,9 +151,10 @@ class Supervisor:
         os.close(child.pidfd)
         child.pidfd = -1
         pid, child.pid = child.pid, 0
-        steady = now_ns - child.started_ns >= STEADY_NS
-        child.pause_ns = FIRST_RESTART_NS if steady else min(2 * child.pause_ns, LAST_RESTART_NS)
-        child.restart_ns = now_ns + (0 if steady else child.pause_ns // 2)
+        if now_ns - child.started_ns >= STEADY_NS:
+            child.pause_ns, child.restart_ns = FIRST_RESTART_NS, now_ns
+        else:
+            self._postpone(child, now_ns)
         child.restarts += 1
         self.on_change(child)
         how = (
@@ -142,6 +163,10 @@ class Supervisor:
             else f"exit code {os.waitstatus_to_exitcode(status)}"
         )
         self.log.error("Child died", child=child.name, pid=pid, how=how, restarts=child.restarts)
+
+    def _postpone(self, child: Child, now_ns: int) -> None:
+        child.restart_ns = now_ns + child.pause_ns
+        child.pause_ns = min(2 * child.pause_ns, LAST_RESTART_NS)
 
     def _wait_s(self) -> float | None:
         due = [child.restart_ns for child in self.children if child.restart_ns is not None]

@@ -58,6 +58,7 @@ class Product:
 
     def __init__(self, folder: Path, *nodes: str, tier: str = "turbo", **settings: str) -> None:
         self.data_dir = folder / "data"
+        self.header_file = self.data_dir / "headers-regtest.dat"
         self.log: deque[str] = deque(maxlen=MAX_LOG_LINES)
         """The lines of its log, of all its lives."""
         self.api = ""
@@ -139,6 +140,15 @@ class Product:
         """One answer of the API, a 503's included."""
         return json.loads(self.ask_raw(path)[1])
 
+    def deliveries(self) -> Event:
+        """/api/deliveries, the sums over all workers: the stream's own counters, and `tiers` by name."""
+        total: Event = {"tiers": {}}
+        for row in self.ask("deliveries")["deliveries"]:
+            _add(total, {name: row[name] for name in ("accepted", "refused", "disconnected")})
+            for tier, accounts in row["tiers"].items():
+                _add(total["tiers"].setdefault(tier, {}), accounts)
+        return total
+
     def sources(self) -> dict[str, Event]:
         """/api/sources by name."""
         return {source["name"]: source for source in self.ask("sources")["sources"]}
@@ -176,13 +186,12 @@ class Product:
     def resident_kb(self) -> tuple[int, int]:
         """Resident memory now, and its highest since the start, in kB: of the process and all that it has started."""
         now_kb = highest_kb = 0
-        for folder in Path("/proc").glob("[0-9]*"):
+        for pid in processes_of(self.pid):
             with suppress(OSError, KeyError):  # it has ended
-                if os.getsid(int(folder.name)) == self.pid:
-                    lines = (folder / "status").read_text().splitlines()
-                    fields = dict(line.split(":", 1) for line in lines)
-                    now_kb += int(fields["VmRSS"].split()[0])
-                    highest_kb += int(fields["VmHWM"].split()[0])
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                fields = dict(line.split(":", 1) for line in lines)
+                now_kb += int(fields["VmRSS"].split()[0])
+                highest_kb += int(fields["VmHWM"].split()[0])
         return now_kb, highest_kb
 
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
@@ -369,6 +378,22 @@ class CommandStream(EventLog):
         self._thread.join(STOP_TIMEOUT_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+def processes_of(leader: int) -> list[int]:
+    """The process that Product started as `leader`, and all that it has started: those of its session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if os.getsid(int(folder.name)) == leader:
+                found.append(int(folder.name))
+    return found
+
+
+def _add(total: Event, counters: Event) -> None:
+    for name, value in counters.items():
+        if isinstance(value, int):
+            total[name] = total.get(name, 0) + value
 
 
 def connect(address: str) -> socket.socket:

@@ -41,6 +41,10 @@ UNKNOWN_PARENTS = 40_000
 JUNK_MESSAGES = 80
 
 
+both_engines = pytest.mark.parametrize("siege", ["turbo", "business"], indirect=True)
+"""The top tiers run on one engine, the others on another."""
+
+
 @dataclass(frozen=True)
 class Siege:
     """A Sprint that has caught up with an honest node, and is connected to a hostile one."""
@@ -72,9 +76,10 @@ class Siege:
 
 
 @pytest.fixture
-def siege(bcoin: BcoinNode, tmp_path: Path) -> Iterator[Siege]:
+def siege(bcoin: BcoinNode, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Siege]:
+    tier = getattr(request, "param", "turbo")
     bcoin.mine(HEIGHT)
-    with ScriptedPeer(HEIGHT) as hostile, Product(tmp_path, bcoin.p2p_address, hostile.address) as product:
+    with ScriptedPeer(HEIGHT) as hostile, Product(tmp_path, bcoin.p2p_address, hostile.address, tier=tier) as product:
         product.wait_until_healthy()
         hostile.open()
         hostile.wait_for_handshakes(1)
@@ -148,8 +153,8 @@ def test_refusals_are_counted_by_reason_where_the_api_shows_them(siege: Siege) -
     siege.product.wait_for("sources", counted, f"rejections {expected}", timeout_s=5)
 
 
+@both_engines
 def test_a_flood_of_junk_headers_costs_neither_memory_nor_disk_nor_a_block(siege: Siege) -> None:
-    (file,) = siege.product.data_dir.iterdir()
     parents = [siege.honest.header(siege.honest.block_hash(height)) for height in range(1, 26)]
     unknown = [make_header(double_sha256(b"%d" % number), 1_700_000_000) for number in range(UNKNOWN_PARENTS)]
     inv = compact_size(50_000) + b"".join(b"\x02\0\0\0" + hashlib.sha256(b"%d" % n).digest() for n in range(50_000))
@@ -169,9 +174,10 @@ def test_a_flood_of_junk_headers_costs_neither_memory_nor_disk_nor_a_block(siege
             siege.hostile.send("cmpctblock", cmpctblock_payload(header))
         siege.hostile.wait_for_answer()
         siege.assert_only_honest_blocks(mined + siege.honest.mine(1))
-    assert file.stat().st_size == 80 * (1 + siege.honest.tip()[0])
+    assert siege.product.header_file.stat().st_size == 80 * (1 + siege.honest.tip()[0])
 
 
+@both_engines
 def test_320_megabytes_of_junk_do_not_hold_up_the_honest_nodes_blocks(siege: Siege) -> None:
     body = hashlib.shake_128(b"junk").digest(MAX_PAYLOAD)
     checked = message("block", body)

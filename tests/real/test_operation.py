@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sprint.tiers import Tier
-from tests.real.product import COMMAND, JsonStream, Product, dying_with_us, environment, run_sprint
+from tests.real.product import COMMAND, JsonStream, Product, dying_with_us, environment, processes_of, run_sprint
 from tests.real.test_upstreams import mining
 
 if TYPE_CHECKING:
@@ -65,9 +66,23 @@ def test_sigterm_ends_it_in_good_order(bcoin: BcoinNode, tmp_path: Path) -> None
             assert raw.ended == "end of the stream"
         assert '"Stopped"' in product.log[-1]
         assert not any("Traceback" in line for line in product.log)
-        (file,) = product.data_dir.iterdir()
-        data = file.read_bytes()
+        data = product.header_file.read_bytes()
         assert data[PREAMBLE_SIZE:] == b"".join(bcoin.header(bcoin.block_hash(height)) for height in range(1, 34))
+
+
+@pytest.mark.parametrize("tier", ["turbo", "business"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_end_leaves_no_process_behind(bcoin: BcoinNode, tmp_path: Path, tier: str, number: signal.Signals) -> None:
+    with Product(tmp_path, bcoin.p2p_address, tier=tier) as product:
+        product.wait_until_healthy()
+        leader = product.pid
+        assert leader in processes_of(leader)
+        os.kill(leader, number)
+        assert product.wait() == (0 if number is signal.SIGTERM else -number)
+        deadline = time.monotonic() + 10
+        while (left := processes_of(leader)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert left == []
 
 
 def free_port() -> int:
@@ -149,7 +164,7 @@ def test_after_a_restart_no_old_block_is_published_again_and_the_next_one_is(bco
 def test_killed_while_it_writes_headers_it_starts_again_from_what_is_whole(bcoin: BcoinNode, tmp_path: Path) -> None:
     bcoin.mine(20)
     product = Product(tmp_path, bcoin.p2p_address)
-    file = product.data_dir / "headers-regtest.dat"
+    file = product.header_file
     with mining(bcoin):
         for torn in (0, 1, 79):
             with product:
@@ -194,7 +209,9 @@ def test_the_demo_delivers_every_block_to_every_subscriber_and_leaves_nothing_be
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout)
     assert set(summary) == {"tier", "blocks", "subscribers", "delivered", "latency_us", "kernelBypass"}
-    assert (summary["blocks"], summary["subscribers"], summary["delivered"]) == (4, 3, 12)
+    assert summary["blocks"] == 4
+    assert summary["subscribers"] >= 3  # of the stream; the top tiers' shared memory has a reader besides
+    assert summary["delivered"] == summary["blocks"] * summary["subscribers"]
     assert 0 < summary["latency_us"]["p50"] <= summary["latency_us"]["p99"] <= summary["latency_us"]["max"]
     deadline = time.monotonic() + 10  # multiprocessing's own tracker ends a moment after those it tracked
     while (left := processes_with(mark)) and time.monotonic() < deadline:

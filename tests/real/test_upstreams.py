@@ -180,14 +180,14 @@ def test_what_the_only_upstream_gained_while_it_was_away_comes_as_catchup(
         assert product.sources()[node.p2p_address]["connects"] == 2
 
 
-@pytest.mark.parametrize("raced", [False, True])
+@pytest.mark.parametrize(("raced", "tier"), [(False, "turbo"), (True, "business")])
 def test_a_reorganisation_of_two_blocks_is_told_with_its_losers_and_its_fork(
-    bcoin_installed: None, tmp_path: Path, raced: bool
+    bcoin_installed: None, tmp_path: Path, raced: bool, tier: str
 ) -> None:
     with two_nodes() as (alice, bob):
         bob.disconnect_from(alice)
         nodes = [alice, bob] if raced else [alice]
-        with Product(tmp_path, *(node.p2p_address for node in nodes)) as product:
+        with Product(tmp_path, *(node.p2p_address for node in nodes), tier=tier) as product:
             product.wait_until_healthy()
             product.wait_for("sources", all_connected, "all upstreams connected")
             with JsonStream(product.stream) as raw:

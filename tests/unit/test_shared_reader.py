@@ -271,7 +271,12 @@ def test_next_waits_for_a_record_and_no_longer_than_asked(path: Path, spin: bool
         assert reader.next(0.05) is None
         assert time.monotonic() - began >= 0.05
         assert reader.next(0) is None
-        writer = fork(lambda: time.sleep(0.1) or host.put())
+
+        def put_after_a_while() -> None:
+            time.sleep(0.1)
+            host.put()
+
+        writer = fork(put_after_a_while)
         assert isinstance(reader.next(), memoryview)
         assert reader.sequence == 1
         assert ended(writer) == 0

@@ -17,6 +17,7 @@ import pytest
 
 from sprint.deliveries import shm
 from sprint.errors import HostError
+from sprint.tiers import Tier
 from tests.unit.shm_host import (
     Client,
     Host,
@@ -26,6 +27,7 @@ from tests.unit.shm_host import (
     open_descriptors,
     reader,
     serving,
+    until,
 )
 
 if TYPE_CHECKING:
@@ -150,14 +152,17 @@ def test_the_socket_has_mode_0660_whatever_the_umask_and_never_a_wider_one(
 
 
 def test_a_socket_that_a_killed_worker_left_is_replaced(path: Path) -> None:
-    with serving(path) as host:
+    with serving(path) as host, reader(path):
+        until(lambda: host.accounts.accepted == 1)
         host.kill_worker()
         left = os.stat(path).st_ino
+        assert host.accounts.tiers[Tier.TURBO].subscribers == 1
         held = os.open(path, os.O_PATH)  # so that the number isn't given to the next one
         host.serve()
         assert os.stat(path).st_ino != left
+        assert host.accounts.tiers[Tier.TURBO].subscribers == 0
         with reader(path):
-            pass
+            until(lambda: host.accounts.accepted == 2)
         os.close(held)
 
 
