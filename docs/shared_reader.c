@@ -22,9 +22,11 @@ int main(int argc, char **argv)
     memcpy(server.sun_path, argv[1], strlen(argv[1]));
     int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (sock < 0 || connect(sock, (struct sockaddr *)&server, sizeof server)) return failed(argv[1]);
-    if (dprintf(sock, argc > 2 ? "{\"key\":\"%s\"}\n" : "{}\n", argc > 2 ? argv[2] : "") < 0) return failed("hello");
-
     char answer[4096];
+    int hello = snprintf(answer, sizeof answer, argc > 2 ? "{\"key\":\"%s\"}\n" : "{}\n", argc > 2 ? argv[2] : "");
+    if (hello < 0 || hello >= (int)sizeof answer) return fputs("key too long\n", stderr), 2;
+    (void)!send(sock, answer, (size_t)hello, MSG_NOSIGNAL); /* a full server has hung up by now, and said why */
+
     int descriptors[2]; /* the ring, and an epoll instance that is readable when the ring has grown */
     union { struct cmsghdr first; char bytes[CMSG_SPACE(sizeof descriptors)]; } control;
     struct iovec into = { answer, sizeof answer };
@@ -44,8 +46,8 @@ int main(int argc, char **argv)
     if (base == MAP_FAILED) return failed("mmap");
     const _Atomic uint64_t *index = (const _Atomic uint64_t *)base;
     uint64_t slots = index[SLOTS];
-    if (memcmp(base, "SPRRING1", 8) || index[LAYOUT] != 1 || index[RECORD] != SIZE) return fputs("no ring\n", stderr), 1;
-    if (slots < 2 || slots > ((uint64_t)memory.st_size - HEADER) / SIZE) return fputs("no such ring\n", stderr), 1;
+    if (memcmp(base, "SPRRING1", 8) || index[LAYOUT] != 1 || index[RECORD] != SIZE || slots < 2
+        || slots > ((uint64_t)memory.st_size - HEADER) / SIZE) return fputs("no ring of layout 1\n", stderr), 1;
 
     struct epoll_event event = { .events = EPOLLRDHUP }; /* the same instance shall tell when the server is gone */
     if (epoll_ctl(descriptors[1], EPOLL_CTL_ADD, sock, &event)) return failed("epoll_ctl");

@@ -8,11 +8,11 @@ method `_be_…` is the whole of one process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from sprint.engines.rehearsal import Rehearsal
 from sprint.engines.relay_log import PipeLog
 from sprint.engines.supervisor import Child, Supervisor
 from sprint.engines.turns import Turns
+from sprint.errors import HostError
 from sprint.events import Lapped
 from sprint.ledger import Ledger
 from sprint.optimize import Optimizations, Plan, cpu_plan
@@ -44,22 +45,29 @@ from sprint.status import SIZE as STATUS_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from sprint.chain import HeaderChain
     from sprint.channels import Channel
     from sprint.config import Config
+    from sprint.events import Block
     from sprint.header_file import HeaderFile
     from sprint.optimize import Step
+    from sprint.status import Delivery
 
 REALTIME_PRIORITY = 10
 """SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
+
+
+MAX_SOCKET_PATH = 107
+"""Bytes; sun_path of unix(7), less its end."""
 
 
 class MemorySprint:
     """The supervisor's process: makes what is shared, then keeps the children alive."""
 
     def __init__(self, config: Config, chain: HeaderChain, header_file: HeaderFile, log: Any) -> None:
-        """Raises HostError when memory can't be shared, or an address can't be bound."""
+        """Raises HostError when memory can't be shared; nothing else is asked of the machine before run()."""
         self._config = config
         self._chain = chain
         self._header_file = header_file
@@ -69,50 +77,55 @@ class MemorySprint:
         self._ring = Ring.create(self._ring_memory.memory, config.ring_slots, session)
         self._status_memory = SharedMemory("sprint-status", STATUS_SIZE)
         self._status = StatusBlock.create(session, facts_of(config, "memory"), self._status_memory.memory)
-        self._relay_log = PipeLog()
         self._seen = RingReader(self._ring)
         self._relay_cpus, self._other_cpus = _cpus(config)
-        self._api = ApiServer(create_app(self._status), config.api_bind)
-        self._streams = _listeners(config.stream_bind, config.delivery_workers)
         self._channels: dict[str, Channel] = {}
-        children = [Child("relay", self._be_relay)]
-        for number, listener in enumerate(self._streams):
-            children.append(self._worker(f"stream-{number}", self._be_stream_worker, number, listener))
-        children.append(self._worker("shm", self._be_shm_worker, len(self._streams)))
-        children.append(Child("api", self._be_api))
-        self._log_channel = self._channels["log"] = EventChannel()
-        self._children = tuple(children)
 
     def run(self) -> None:
-        """Supervise until SIGINT or SIGTERM."""
+        """Supervise until SIGINT or SIGTERM. Raises HostError when an address can't be bound."""
         config, log = self._config, self._log
         log.info("⚡ Starting memory-optimized sprint with tight deadlines")
-        facts = self._status.facts
-        host, port = self._streams[0].getsockname()[:2]
-        facts["binds"] = {
-            "api": str(self._api.address),
-            "stream": str(Address(host, port)),
-            "shm": str(config.shm_socket),
-        }
-        self._status.facts = facts
-        supervisor = Supervisor(
-            self._children,
-            log,
-            self._show_child,
-            {
-                self._relay_log.fileno(): lambda: self._relay_log.forward(log),
-                self._log_channel.fileno(): self._log_records,
-            },
-        )
-        log.info("Listening", **facts["binds"], network=config.network.name)
-        try:
-            supervisor.run()
-        finally:
-            self._relay_log.forward(log)
-            self._api.stop()
-            for listener in self._streams:
-                listener.close()
+        with contextlib.ExitStack() as stack:
+            self._api = ApiServer(create_app(self._status), config.api_bind)
+            stack.callback(self._api.stop)
+            streams = _listeners(config.stream_bind, config.delivery_workers)
+            for listener in streams:
+                stack.callback(listener.close)
+            check_socket_path(config.shm_socket)
+            self._relay_log, self._log_channel = PipeLog(), EventChannel()
+            stack.callback(lambda: self._relay_log.forward(log))
+            self._children = self._family(streams)
+            facts = self._status.facts
+            host, port = streams[0].getsockname()[:2]
+            facts["binds"] = {
+                "api": str(self._api.address),
+                "stream": str(Address(host, port)),
+                "shm": str(config.shm_socket),
+            }
+            self._status.facts = facts
+            log.info("Listening", **facts["binds"], network=config.network.name)
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            self._leave_relay_alone()
+            Supervisor(
+                self._children,
+                log,
+                self._show_child,
+                {
+                    self._relay_log.fileno(): lambda: self._relay_log.forward(log),
+                    self._log_channel.fileno(): self._log_records,
+                },
+            ).run()
         log.info("Stopped")
+
+    def _family(self, streams: list[socket.socket]) -> tuple[Child, ...]:
+        """All children, in the order in which they are started."""
+        family = [Child("relay", self._be_relay)]
+        for number, listener in enumerate(streams):
+            family.append(self._worker(f"stream-{number}", self._be_stream_worker, number, listener))
+        family.append(self._worker("shm", self._be_shm_worker, len(streams)))
+        family.append(Child("api", self._be_api))
+        self._channels["log"] = self._log_channel
+        return tuple(family)
 
     def _worker(self, name: str, main: Callable[..., None], *arguments: Any) -> Child:
         """A child that is woken by a channel of its own."""
@@ -142,7 +155,8 @@ class MemorySprint:
         config, chain, log = self._config, self._chain, self._relay_log
         self._header_file.follow(chain)
         relay = Relay(chain)
-        self._resume(relay)
+        unsaid = self._resume(relay)
+        self._status.relay.sequence = self._ring.tail  # which the one before may not have come to note
         source = P2PSource(
             config.upstreams, config.network, lambda: chain.tip_height, self._status, direct=config.use_direct_p2p
         )
@@ -157,6 +171,7 @@ class MemorySprint:
             sources=[source],
             log=log,
         )
+        turns.publish(unsaid)
         if not config.optimize_system:
             RelayLoop(turns, spin=False).run()
             return
@@ -167,27 +182,38 @@ class MemorySprint:
             freeze_gc=True,
             spin=True,
         )
-        rehearsal = _rehearsal()
+        rehearsal = self._rehearsal()
         with Optimizations(plan) as optimizations:
             steps = optimizations.steps
             self._show_steps(steps)
             spin = any(step.name == "spin" and step.applied for step in steps)
             RelayLoop(turns, spin=spin, rehearsal=rehearsal if spin else None, on_idle=optimizations.idle).run()
 
-    def _resume(self, relay: Relay) -> None:
+    def _resume(self, relay: Relay) -> Sequence[Block]:
         """What the ring holds has been published by the relay before this one; without any, this is the first."""
-        ring = self._ring
+        ring, noted = self._ring, self._status.relay
         records = (ring.copy(sequence) for sequence in range(ring.oldest, ring.tail + 1))
-        caught_up = bool(self._status.relay.caught_up)
-        relay.resume(
-            [decode(record) for record in records if record is not None], time.monotonic_ns(), caught_up=caught_up
+        return relay.resume(
+            [decode(record) for record in records if record is not None],
+            time.monotonic_ns(),
+            time.time_ns(),
+            caught_up=bool(noted.caught_up),
+            height=noted.tip_height,
         )
 
+    def _rehearsal(self) -> Rehearsal | None:
+        try:
+            return _rehearsal()
+        except (HostError, OSError) as error:  # a cold path is still a path
+            self._relay_log.warning("The path is not kept warm", reason=str(error))
+            return None
+
     def _show_steps(self, steps: Sequence[Step]) -> None:
-        first_time = not self._status.layout.steps[0].name
         for row, step in zip(self._status.layout.steps[:STEPS], steps, strict=False):
-            row.name, row.applied, row.detail = step.name.encode()[:15], step.applied, step.detail.encode()[:159]
-            if first_time and not step.applied:
+            name, detail = step.name.encode()[:15], step.detail.encode()[:159]
+            known = row.name == name and not row.applied  # the relay before this one has said so
+            row.name, row.applied, row.detail = name, step.applied, detail
+            if not step.applied and not known:
                 self._relay_log.warning("System optimisation refused", step=step.name, reason=step.detail)
 
     # The other processes.
@@ -196,7 +222,7 @@ class MemorySprint:
         config = self._config
         delivery = StreamDelivery(
             self._ring,
-            self._status.delivery(number, f"stream-{number}"),
+            self._accounts(number, f"stream-{number}"),
             network=config.network.name,
             tier_of_key=lambda _key: config.tier,
             write_deadline_ns=config.write_deadlines_ns(),
@@ -209,12 +235,20 @@ class MemorySprint:
         delivery = ShmDelivery(
             self._ring_memory,
             self._ring,
-            self._status.delivery(number, "shm"),
+            self._accounts(number, "shm"),
             network=config.network.name,
             tier_of_key=lambda _key: config.tier,
             max_readers=session_limit(),
         )
         asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.start(loop, config.shm_socket)))
+
+    def _accounts(self, number: int, name: str) -> Delivery:
+        """A worker's accounts. The subscribers of the one before it went with it."""
+        accounts = self._status.delivery(number, name)
+        for tier in accounts.tiers:
+            accounts.disconnected += tier.subscribers
+            tier.subscribers = 0
+        return accounts
 
     async def _deliver(
         self,
@@ -225,25 +259,37 @@ class MemorySprint:
         """Run one delivery, woken by its channel, until SIGTERM."""
         self._leave_relay_alone()
         loop = asyncio.get_running_loop()
-        stopped = asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, stopped.set)
+        stopped: asyncio.Future[None] = loop.create_future()
+
+        def stop(error: Exception | None = None) -> None:
+            if stopped.done():
+                return
+            if error is None:
+                stopped.set_result(None)
+            else:
+                stopped.set_exception(error)
 
         def wake() -> None:
-            channel.drain()
-            delivery.publish()
+            try:
+                channel.drain()
+                delivery.publish()
+            except Exception as error:  # asyncio would log it and go on, perhaps deaf
+                stop(error)
 
+        loop.add_signal_handler(signal.SIGTERM, stop)
         start(loop)
         loop.add_reader(channel.fileno(), wake)
-        await stopped.wait()
-        loop.remove_reader(channel.fileno())
-        delivery.close()
+        try:
+            await stopped
+        finally:
+            loop.remove_reader(channel.fileno())
+            delivery.close()
 
     def _be_api(self) -> None:
         self._leave_relay_alone()
-        stopped = threading.Event()
-        signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # its threads inherit that
         self._api.start()
-        stopped.wait()
+        signal.sigwait((signal.SIGTERM,))
         self._api.stop()
 
     def _leave_relay_alone(self) -> None:
@@ -256,6 +302,15 @@ def _cpus(config: Config) -> tuple[frozenset[int] | None, frozenset[int] | None]
         return None, None
     relay, others = cpu_plan(os.sched_getaffinity(0))
     return relay, others
+
+
+def check_socket_path(path: Path) -> None:
+    """Raises HostError for a path at which no Unix socket can be bound."""
+    size = len(os.fsencode(path))
+    if size > MAX_SOCKET_PATH:
+        raise HostError(f"SHM_SOCKET={path}: {size} bytes, at most {MAX_SOCKET_PATH} are possible")
+    if not path.parent.is_dir():
+        raise HostError(f"SHM_SOCKET={path}: {path.parent} is no folder")
 
 
 def _listeners(bind: Address, workers: int) -> list[socket.socket]:

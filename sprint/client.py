@@ -4,18 +4,19 @@ ClientProtocol is the protocol without a socket or a clock: bytes and `now` in, 
 are loops around it that read, reconnect and resume. The server is not trusted: each header's proof of work is checked
 against its own nBits, a record comes at most once, and nothing that the server sends can make more than one frame be
 held. Not detected here: a chain of cheap headers with easy nBits; whoever must know checks nBits against his own node.
+
+SharedReader is for subscribers on Sprint's own host: the same records, read where the relay writes them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import socket
 import time
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import parse_address
 from sprint.bitcoin.block import double_sha256, meets_target
@@ -23,17 +24,38 @@ from sprint.errors import RemoteProtocolError, SprintError
 from sprint.events import Lapped
 from sprint.frames import FrameDecoder, Heartbeat, Item, json_line
 from sprint.record import Record
+from sprint.shared_reader import SharedReader
+from sprint.subscription import (
+    ANSWER_TIMEOUT_NS,
+    MAX_ANSWER,
+    ConnectionLostError,
+    ServerFullError,
+    SubscriptionRefusedError,
+    read_answer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
     from sprint.addresses import Address
 
+__all__ = (
+    "ClientProtocol",
+    "ConnectionLostError",
+    "ServerFullError",
+    "SharedReader",
+    "Subscribed",
+    "SubscriptionRefusedError",
+    "UnprovenRecordError",
+    "check_proof",
+    "connect",
+    "connect_async",
+    "events",
+    "events_async",
+)
+
 DEFAULT_ADDRESS: Final = "127.0.0.1:8434"
 DEFAULT_PORT: Final = 8434
-MAX_ANSWER: Final = 4096
-"""Bytes of the server's answer to the hello; today's have fewer than 200."""
-ANSWER_TIMEOUT_NS: Final = 5_000_000_000
 SILENCE_TIMEOUT_NS: Final = 3_000_000_000
 """Three heartbeats."""
 
@@ -43,20 +65,8 @@ _LAST_RETRY_S: Final = 5.0
 _BITS: Final = slice(72, 76)
 
 
-class SubscriptionRefusedError(SprintError):
-    """The server answered the hello with an error; asking again with the same hello won't help."""
-
-
-class ServerFullError(SprintError):
-    """The server refuses for now: the same hello may be accepted later."""
-
-
 class UnprovenRecordError(RemoteProtocolError):
     """A record whose header doesn't hash to its hash, or whose hash misses the header's own target."""
-
-
-class ConnectionLostError(SprintError):
-    """The connection ended, or nothing came for too long, and reconnecting was not wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +157,7 @@ class ClientProtocol:
             raise RemoteProtocolError("bytes came, but for too long no frame that says anything")
 
     def _subscribed(self, line: bytes) -> Subscribed:
-        answer = _object(line)
-        if "error" in answer:
-            words = f"the server refused: {str(answer['error'])[:200]!r}"
-            raise ServerFullError(words) if answer.get("retry") is True else SubscriptionRefusedError(words)
+        answer = read_answer(line)
         try:
             subscribed = Subscribed(
                 str(answer["tier"]),
@@ -345,13 +352,3 @@ class _Pauses:
 def _seconds_left(protocol: ClientProtocol) -> float:
     """Until the protocol's deadline; never 0, which would mean a socket that doesn't wait."""
     return max(1_000_000, protocol.deadline() - time.monotonic_ns()) / 1e9
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise RemoteProtocolError(f"answer to the hello is no JSON object: {line[:200]!r}")
-    return value

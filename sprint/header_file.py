@@ -95,13 +95,14 @@ class HeaderFile:
 
     def follow(self, chain: HeaderChain) -> int:
         """As load_into, but only what a process that was forked with this open file has appended since."""
-        first = (self._size - _PREAMBLE.size) // HEADER_SIZE
+        known = (self._size - _PREAMBLE.size) // HEADER_SIZE
         try:
             size = os.fstat(self._fd).st_size
         except OSError as error:
             raise HostError(f"header file {self.path}: can't be read: {error.strerror}") from error
-        self._size = max(self._size, self._at((size - _PREAMBLE.size) // HEADER_SIZE))
-        return self._load(chain, first, None)
+        total = max(0, (size - _PREAMBLE.size) // HEADER_SIZE)
+        self._size = self._at(total)
+        return self._load(chain, min(known, total), None)  # fewer: somebody has shortened it
 
     def _load(self, chain: HeaderChain, first: int, progress: Callable[[int, int], None] | None) -> int:
         total = (self._size - _PREAMBLE.size) // HEADER_SIZE

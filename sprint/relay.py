@@ -20,6 +20,7 @@ from sprint.bitcoin.block import HEADER_SIZE, double_sha256
 from sprint.bitcoin.difficulty import MAX_FUTURE_S
 from sprint.chain import Accepted, HeaderChain, Reject, Reorg
 from sprint.events import Announcement, Block, Event, HeaderRun, PeerGone, PeerReady, Sighting, Source, State, Want
+from sprint.handover import take_over
 from sprint.sync import HeaderSync
 from sprint.tiers import NS_PER_S
 
@@ -121,30 +122,36 @@ class Relay:
         """Sightings that wait for their parent or their time."""
         return len(self._held)
 
-    def resume(self, records: Iterable[Record], now_ns: int, *, caught_up: bool) -> None:
+    def resume(
+        self, records: Sequence[Record], now_ns: int, wall_ns: int, *, caught_up: bool, height: int
+    ) -> Sequence[Block]:
         """Take up where a relay that died has left off, by the records of its ring, oldest first.
 
-        What stands there has been published and won't be again; its headers may not have reached the header file yet.
+        What stands there won't be published again. `caught_up` and `height` are its last word on its chain. Returns
+        what it died before saying: PROVEN with CATCHUP for what it had accepted, STALE for what had lost by then.
         """
+        chain = self.chain
+        left = take_over(chain, records, height, now_ns)
+        self._unsaved += left.headers
+        states = {record.hash: record.state for record in records}
         for record in records:
-            if self.chain.restore(record.header).kept:
-                self._unsaved += record.header
-            known = self._known.get(record.hash)
-            if known is None:
-                known = _Known(
-                    record.hash, record.header, record.height, record.next_bits, record.median_time_past, record.state,
+            if record.hash not in self._known:
+                state = states[record.hash] & ~State.BEST | (State.BEST if chain.is_best(record.hash) else State(0))
+                self._remember(_Known(
+                    record.hash, record.header, record.height, record.next_bits, record.median_time_past, state,
                     record.source, "", record.transactions, record.size, record.seen_ns,
-                )  # fmt: skip
-                self._remember(known)
-            known.state = record.state
+                ))  # fmt: skip
+        # With less than that relay had, as after a full disk, the rest comes in silence: it may be the whole chain.
+        self.sync.caught_up = caught_up and chain.tip_height >= height
+        blocks: list[Block] = []
+        if caught_up:
+            for sighting, accepted in left.unsaid:
+                blocks += self._prove(sighting, accepted, wall_ns, State.CATCHUP)[1]
+            blocks += self._losers(left.reorg, wall_ns)
         for known in self._known.values():
-            if self.chain.is_best(known.hash):
-                known.state |= State.BEST
-            else:
-                known.state &= ~State.BEST
             if known.state & State.BEST and not known.state & State.VALIDATED:
                 self.sync.follow(known.hash, "", known.header[4:36], now_ns)
-        self.sync.caught_up = caught_up
+        return blocks
 
     # What comes in.
 

@@ -19,6 +19,7 @@ import platform
 import select
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, final
 
 from sprint.errors import HostError, RemoteProtocolError, SprintError
@@ -52,7 +53,6 @@ _SPINS: Final = 1024
 _DESCRIPTORS: Final = 2
 _PAGE: Final = 4096
 _NOTHING: Final = memoryview(b"")
-_GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
 class _Call:
@@ -67,7 +67,8 @@ class _Call:
         try:
             self.sock.setblocking(False)
             self.sock.connect(path)
-            self.sock.send(json_line({} if key is None else {"key": key}))
+            with suppress(BrokenPipeError):  # a full server has hung up already: why, it has said before
+                self.sock.send(json_line({} if key is None else {"key": key}))
         except OSError:
             self.sock.close()
             raise
@@ -367,7 +368,7 @@ class SharedReader:
 
     def _listen(self, wake: select.epoll, timeout: float | None) -> None:
         """Sleep until somebody wakes us, or the server is gone."""
-        if any(events & _GONE for _, events in wake.poll(timeout)):
+        if any(events & ~select.EPOLLIN for _, events in wake.poll(timeout)):
             self._lose(ConnectionLostError(f"{self._path}: the server is gone"))
 
     def _look_often(self, ring: Ring) -> None:

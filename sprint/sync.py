@@ -47,6 +47,8 @@ class _Peer:
     """The open question is."""
     again: bool = False
     """Something came up since, to be asked in its turn."""
+    disappointing: bool = False
+    """Its answer didn't make us current, in this round of asking."""
 
 
 @dataclass(slots=True)
@@ -84,9 +86,10 @@ class HeaderSync:
         if peer.height == self._chain.tip_height == 0 and self._chain.network.max_tip_age_s is None:
             self.caught_up = True  # a new regtest chain: neither of us has a block, and not every node answers that
             self._retry_ns = None
+            return
         if self.caught_up:
             self.ask(ready.peer, now_ns)
-        elif self._serving in {None, ready.peer}:
+        elif self._serving in {None, ready.peer} or self._retry_ns is not None:
             self._serve_from(ready.peer, now_ns)
 
     def peer_gone(self, gone: PeerGone, now_ns: int) -> None:
@@ -137,7 +140,12 @@ class HeaderSync:
                 if other != run.peer:
                     self.ask(other, now_ns)
             return True
-        self._retry_ns = now_ns + RETRY_NS
+        peer.disappointing = True
+        hopeful = next((name for name, other in self._peers.items() if not other.disappointing), None)
+        if hopeful is not None:
+            self._serve_from(hopeful, now_ns)
+        else:
+            self._retry_ns = now_ns + RETRY_NS
         return False
 
     def follow(self, block_hash: bytes, peer: str, parent: bytes, now_ns: int) -> None:
@@ -178,6 +186,8 @@ class HeaderSync:
         if self.caught_up or not (silent or retry):
             return
         self._retry_ns = None
+        for peer in self._peers.values():
+            peer.disappointing = False
         names = list(self._peers)
         after = names.index(self._serving) + 1 if self._serving in names else 0
         self._serve_from(names[after % len(names)] if names else None, now_ns)
@@ -208,7 +218,10 @@ class HeaderSync:
         if not check.left or not self._chain.knows(check.parent):
             del self._checks[block_hash]
             return
-        # The whole way down, or a peer that is on another branch would answer with all it has from genesis on.
-        self.ask(check.peer, now_ns, tuple(self._chain.locator_from(check.parent)))
+        # From the grandparent, so that whoever has the parent has something to tell; and the whole way down, or a peer
+        # that is on another branch would answer with all it has from genesis on.
+        header = self._chain.header_of(check.parent) or b""
+        start = header[4:36] if self._chain.knows(header[4:36]) else check.parent
+        self.ask(check.peer, now_ns, tuple(self._chain.locator_from(start)))
         check.pause_ns = min(2 * check.pause_ns, LAST_CHECK_NS)
         check.due_ns = now_ns + check.pause_ns

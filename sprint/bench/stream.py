@@ -46,8 +46,8 @@ WARM_UP = 3
 SETTLE_S = 0.02
 """Between two rounds, so that acknowledgements of the last one don't fall into the next."""
 SPARE_DESCRIPTORS = 64
-_ROUNDS = ((10, 200), (500, 100), (5_000, 60))
-_ROUNDS_OF_MANY = 30
+_ROUNDS = ((10, 200), (500, 100), (5_000, 100))
+_ROUNDS_OF_MANY = 60
 _BARE = 1 << 63
 """Sequences of the bare loop's frames begin here: no ring will ever get so far."""
 _HOST = "127.0.0.1"

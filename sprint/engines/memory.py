@@ -48,7 +48,11 @@ class RelayLoop:
         self._stopping = False
 
     def run(self) -> None:
-        """Serve until SIGTERM; then close the sources and save what isn't saved."""
+        """Serve until SIGTERM; then close the sources and save what isn't saved.
+
+        After an exception in a turn nothing is saved: a header may have been accepted and not published, and the relay
+        that takes over must meet it as news.
+        """
         waking, woken = socket.socketpair()
         waking.setblocking(False)
         woken.setblocking(False)
@@ -59,9 +63,13 @@ class RelayLoop:
                 self._run_spinning()
             else:
                 self._run_blocking(waking)
+        except BaseException:
+            self._turns.close(save=False)
+            raise
+        else:
+            self._turns.close()
         finally:
             signal.set_wakeup_fd(-1)
-            self._turns.close()
             waking.close()
             woken.close()
 
@@ -101,7 +109,7 @@ class RelayLoop:
                 if turns.hear(source, now_ns):
                     heard = True
             if heard or now_ns >= due_ns:
-                if not heard:
+                if now_ns >= due_ns:
                     self._on_time(now_ns)
                 turns.settle(now_ns)
                 due_ns = turns.deadline()

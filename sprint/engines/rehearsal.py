@@ -7,6 +7,7 @@ the record, the ring, the wake-up. It shares nothing with the real ones but the 
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -70,15 +71,25 @@ class Rehearsal:
         self._broadcaster = Broadcaster(RingWriter(ring), network.magic, [self._channel], time.monotonic_ns)
         self._next = 0
         self._relay = _caught_up_relay()
-        self._shake_hands()
+        try:
+            self._shake_hands()
+        except OSError as error:
+            raise HostError(f"the rehearsal's handshake failed: {error}") from None
         self.performed = 0
+        self._over = False
 
     def perform(self) -> None:
-        """Run the path once."""
+        """Run the path once; nothing, once its connection has gone."""
+        if self._over:
+            return
         if self._next == len(self._frames):
             self._next = 0
             self._relay = _caught_up_relay()
-        self._theirs.send(self._frames[self._next])
+        try:
+            self._theirs.send(self._frames[self._next])
+        except OSError:
+            self._over = True
+            return
         self._next += 1
         now_ns = time.monotonic_ns()
         for heard in self._hear():
@@ -100,7 +111,9 @@ class Rehearsal:
         return []
 
     def close(self) -> None:
-        """Close both ends."""
+        """Close both ends, and the channel."""
+        self._over = True
+        os.close(self._channel.fileno())
         if self._upstream.socket is not None:
             self._upstream.socket.close()
         self._theirs.close()

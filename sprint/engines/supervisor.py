@@ -76,7 +76,7 @@ class Supervisor:
             while not self._stopping:
                 now_ns = time.monotonic_ns()
                 for child in self.children:
-                    if child.restart_ns is not None and now_ns >= child.restart_ns:
+                    if child.restart_ns is not None and now_ns >= child.restart_ns and not self._stopping:
                         self._start(child, now_ns)
                 for key, _ in self._selector.select(self._wait_s()):
                     key.data()
@@ -169,6 +169,8 @@ class Supervisor:
         child.pause_ns = min(2 * child.pause_ns, LAST_RESTART_NS)
 
     def _wait_s(self) -> float | None:
+        if self._stopping:
+            return 0.0
         due = [child.restart_ns for child in self.children if child.restart_ns is not None]
         return max(0.0, (min(due) - time.monotonic_ns()) / NS_PER_S) if due else None
 

@@ -65,14 +65,21 @@ class Turns:
         for one in heard:
             blocks = self._offer(one, now_ns)
             if blocks:
-                self._publish(blocks)
+                self.publish(blocks)
         return bool(heard)
 
     def on_timer(self, now_ns: int) -> None:
         """Whatever the relay has to do by the clock."""
         blocks = self._relay.on_timer(now_ns, time.time_ns())
         if blocks:
-            self._publish(blocks)
+            self.publish(blocks)
+
+    def publish(self, blocks: Sequence[Block]) -> None:
+        """Each record goes out before the next is written: nobody waits for what comes after."""
+        for block in blocks:
+            sequence = self._broadcaster.write(block)
+            self._broadcaster.wake()
+            self._published.append((block, sequence))
 
     def settle(self, now_ns: int) -> None:
         """What can wait until the deliveries are done: questions, books, the header file, the log."""
@@ -91,12 +98,13 @@ class Turns:
         journal = relay.take_journal()
         if journal:
             ledger.decided(journal)
-        ledger.state_of(relay, now_ns)
-        if relay.caught_up and not was_caught_up:
-            self._log.info("Header chain caught up", height=relay.chain.tip_height)
+        # The file before the status: whoever resumes from both must not miss a header that was settled long ago.
         self._unsaved += relay.take_headers()
         if self._unsaved:
             self._save(now_ns)
+        ledger.state_of(relay, now_ns)
+        if relay.caught_up and not was_caught_up:
+            self._log.info("Header chain caught up", height=relay.chain.tip_height)
         if now_ns >= self._housekeeping_ns:
             self._housekeeping_ns = now_ns + HOUSEKEEPING_NS
             for source in self.sources:
@@ -107,12 +115,13 @@ class Turns:
         times = [self._relay.deadline(), *(source.deadline() for source in self.sources)]
         return min([self._housekeeping_ns, *(time_ns for time_ns in times if time_ns is not None)])
 
-    def close(self) -> None:
+    def close(self, *, save: bool = True) -> None:
         """End the sources, and save what isn't."""
         for source in self.sources:
             source.close()
-        self._unsaved += self._relay.take_headers()
-        self._save(time.monotonic_ns(), last_try=True)
+        if save:
+            self._unsaved += self._relay.take_headers()
+            self._save(time.monotonic_ns(), last_try=True)
         self._header_file.close()
 
     def _offer(self, heard: Heard, now_ns: int) -> Sequence[Block]:
@@ -120,20 +129,15 @@ class Turns:
             return self._relay.offer_run(heard, now_ns, time.time_ns())
         if isinstance(heard, PeerReady):
             self._relay.peer_ready(heard, now_ns)
+            self._housekeeping_ns = 0  # the upstreams' accounts tell of it at once
             self._log.info("Upstream connected", peer=heard.peer, height=heard.height)
             return ()
         if isinstance(heard, PeerGone):
             self._relay.peer_gone(heard, now_ns)
+            self._housekeeping_ns = 0
             self._log.warning("Upstream lost", peer=heard.peer)
             return ()
         return self._relay.offer(heard, now_ns, time.time_ns())
-
-    def _publish(self, blocks: Sequence[Block]) -> None:
-        """Each record goes out before the next is written: nobody waits for what comes after."""
-        for block in blocks:
-            sequence = self._broadcaster.write(block)
-            self._broadcaster.wake()
-            self._published.append((block, sequence))
 
     def _save(self, now_ns: int, *, last_try: bool = False) -> None:
         """Append new headers to the file; a full disk delays that, and nothing else."""

@@ -1,8 +1,8 @@
-"""Sprint as its operator runs it, the real command in a process of its own, and subscribers that look from outside.
+"""Sprint as its operator runs it: the real command in a process of its own.
 
-Owns that process, what it logs, and the subscribers' threads. Rules: all that is known of the product comes by its
-environment, its log, HTTP and the stream; every wait is bounded and says what was awaited; and no Sprint outlives its
-test: the kernel ends it with the test process, however that ends.
+Owns that process and what it logs. Rules: all that is known of the product comes by its environment, its log, HTTP
+and the stream; every wait is bounded and says what was awaited; no Sprint outlives its test: the kernel ends it with
+the test process, however that ends.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,11 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sprint import config
-from sprint.client import events
-from sprint.record import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
     from types import TracebackType
 
     from typing_extensions import Self
@@ -41,7 +38,6 @@ STOP_TIMEOUT_S = 20.0
 WAIT_TIMEOUT_S = 30.0
 POLL_INTERVAL_S = 0.02
 MAX_LOG_LINES = 20_000
-JSON_HELLO = b'{"format":"json"}\n'
 COMMAND = (sys.executable, "-m", "sprint")
 
 
@@ -166,6 +162,10 @@ class Product:
             time.sleep(POLL_INTERVAL_S)
         raise ProductError(f"not within {timeout_s:g} s: {what}; {path} says {answer}\n{self.log_tail()}")
 
+    def wait_for_tip(self, height: int) -> None:
+        """Wait until the API shows this height: the books are written after the deliveries."""
+        self.wait_for("health", lambda answer: answer["tip_height"] == height, f"tip height {height}")
+
     def wait_for_subscribers(self, count: int) -> None:
         """Wait until so many subscribers are counted."""
         self.wait_for("health", lambda answer: sum(answer["subscribers"].values()) == count, f"{count} subscribers")
@@ -246,140 +246,6 @@ class Product:
             process.stderr.close()
 
 
-class EventLog:
-    """What one subscriber was told, gathered in a thread; `events` grows, heartbeats are only counted."""
-
-    def __init__(self, told: Iterable[Event]) -> None:
-        self.events: list[Event] = []
-        self.heartbeats: list[Event] = []
-        self.ended: str | None = None
-        """Why there will be no more."""
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._gather, args=(told,), daemon=True)
-        self._thread.start()
-
-    def wait_until(
-        self, condition: Callable[[list[Event]], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S
-    ) -> None:
-        """Wait until the events so far fulfil the condition."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while not condition(self.events):
-                left_s = deadline - time.monotonic()
-                if self.ended is not None or left_s <= 0:
-                    told = [(one["event"], one.get("height")) for one in self.events[-20:]]
-                    raise ProductError(f"not within {timeout_s:g} s (ended: {self.ended}): {what}; told were {told}")
-                self._changed.wait(min(left_s, 0.5))
-
-    def wait_for_hashes(self, name: str, hashes: Iterable[str], timeout_s: float = WAIT_TIMEOUT_S) -> None:
-        """Wait until each of these hashes had its event of that name."""
-        wanted = set(hashes)
-        self.wait_until(lambda _: wanted <= set(self.hashes(name)), f"{name} of {len(wanted)} blocks", timeout_s)
-
-    def wait_until_ended(self, timeout_s: float = WAIT_TIMEOUT_S) -> None:
-        """Wait until the stream has ended."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            raise ProductError(f"the stream has not ended within {timeout_s:g} s")
-
-    def wait_for_heartbeat(self) -> Event:
-        """The next heartbeat: everything that was published before it has been told by now."""
-        count = len(self.heartbeats)
-        self.wait_until(lambda _: len(self.heartbeats) > count, "a heartbeat")
-        return self.heartbeats[-1]
-
-    def hashes(self, name: str) -> list[str]:
-        """The hashes of the events of that name, in order."""
-        return [one["hash"] for one in list(self.events) if one["event"] == name]
-
-    def of(self, name: str) -> list[Event]:
-        """The events of that name, in order."""
-        return [one for one in list(self.events) if one["event"] == name]
-
-    def _gather(self, told: Iterable[Event]) -> None:
-        why = "end of the stream"
-        try:
-            for one in told:
-                with self._changed:
-                    (self.heartbeats if one["event"] == "heartbeat" else self.events).append(one)
-                    self._changed.notify_all()
-        except Exception as error:
-            why = repr(error)
-        with self._changed:
-            self.ended = why
-            self._changed.notify_all()
-
-
-class JsonStream(EventLog):
-    """A subscriber as `nc` would be one: a plain socket and lines of JSON. `answer` is what the hello was answered."""
-
-    def __init__(self, address: str, hello: bytes = JSON_HELLO, *, half_close: bool = False) -> None:
-        self.sock = connect(address)
-        self.sock.sendall(hello)
-        if half_close:
-            self.sock.shutdown(socket.SHUT_WR)
-        self.sock.settimeout(None)
-        self._file = self.sock.makefile("rb")
-        self.answer: Event = json.loads(self._file.readline() or b"{}")
-        super().__init__(json.loads(line) for line in self._file)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # the server was faster
-            self.sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(STOP_TIMEOUT_S)
-        self._file.close()
-        self.sock.close()
-
-
-class ClientStream(EventLog):
-    """A subscriber by `sprint.client`: binary, each header's work checked. Ends with the connection."""
-
-    def __init__(self, address: str) -> None:
-        self._subscribed = threading.Event()
-        super().__init__(self._told(address))
-        if not self._subscribed.wait(WAIT_TIMEOUT_S):
-            raise ProductError(f"sprint.client was not accepted: {self.ended}")
-
-    def _told(self, address: str) -> Iterator[Event]:
-        for item in events(address, reconnect=False):
-            self._subscribed.set()
-            if isinstance(item, Record):
-                yield item.as_dict()
-
-
-class CommandStream(EventLog):
-    """A subscriber that is a command which prints a line of JSON an event, such as `sprint watch --json`."""
-
-    def __init__(self, *command: str, stdin: bytes | None = None) -> None:
-        self._process = subprocess.Popen(
-            [*dying_with_us(), *command],
-            env=environment({}),
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None
-        if stdin is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.write(stdin)
-            self._process.stdin.close()
-        lines = (json.loads(line) for line in self._process.stdout)
-        super().__init__(line for line in lines if "event" in line)  # the first of a raw stream answers the hello
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._thread.join(STOP_TIMEOUT_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
 def processes_of(leader: int) -> list[int]:
     """The process that Product started as `leader`, and all that it has started: those of its session."""
     found = []
@@ -394,12 +260,6 @@ def _add(total: Event, counters: Event) -> None:
     for name, value in counters.items():
         if isinstance(value, int):
             total[name] = total.get(name, 0) + value
-
-
-def connect(address: str) -> socket.socket:
-    """A blocking connection to host:port, ten seconds its longest wait."""
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
 
 
 def environment(settings: dict[str, str]) -> dict[str, str]:

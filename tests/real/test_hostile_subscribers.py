@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.real.product import JSON_HELLO, JsonStream, Product, connect
+from tests.real.product import Product
+from tests.real.subscribers import JSON_HELLO, JsonStream, connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,9 +202,14 @@ def test_of_a_thousand_subscribers_every_healthy_one_gets_every_block_in_order(
                 assert reader.sequences == list(range(1, 2 * len(mined) + 1))
                 assert reader.proven == mined
                 assert reader.others == 0
-            accounts = product.deliveries()["tiers"][tier]
             healthy = len(crowd.readers) * 2 * len(mined)
-            assert accounts["on_time"] + accounts["late"] >= healthy
+
+            def counted(_: object) -> bool:
+                accounts = product.deliveries()["tiers"][tier]
+                return bool(accounts["on_time"] + accounts["late"] >= healthy)
+
+            product.wait_for("deliveries", counted, "the deliveries' accounts")
+            accounts = product.deliveries()["tiers"][tier]
             assert accounts[account] > 0, "nobody was stalled"
             ended = sum(accounts[name] for name in ("on_time", "late", "dropped", "overwritten"))
             assert ended <= CROWD * 2 * len(mined)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sprint.tiers import Tier
-from tests.real.product import COMMAND, JsonStream, Product, dying_with_us, environment, processes_of, run_sprint
+from tests.real.product import COMMAND, Product, dying_with_us, environment, processes_of, run_sprint
+from tests.real.subscribers import JsonStream
 from tests.real.test_upstreams import mining
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def test_killed_while_it_writes_headers_it_starts_again_from_what_is_whole(bcoin
     with product:
         cut = [line for line in product.log if "Damaged end of the header file cut off" in line]
         assert len(cut) == 2, "a torn end that nobody noticed"
-        product.wait_for("health", lambda answer: answer["tip_height"] == bcoin.tip()[0], "the whole chain")
+        product.wait_for_tip(bcoin.tip()[0])
         product.wait_until_healthy()
         with JsonStream(product.stream) as raw:
             mined = bcoin.mine(2)

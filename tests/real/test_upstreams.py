@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.real.bcoin import BcoinNode
-from tests.real.product import JsonStream, Product
+from tests.real.product import Product
+from tests.real.subscribers import JsonStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,12 @@ def test_two_raced_nodes_are_both_counted_and_each_block_is_proven_once(bcoin_in
             return all(source["sightings"] == len(mined) for source in answer["sources"])
 
         told = product.wait_for("sources", both_saw_all, "each source's sighting of each block")["sources"]
-        blocks = product.ask("blocks?limit=64")["blocks"]
+        path, both = "blocks?limit=64", {alice.p2p_address, bob.p2p_address}
+        blocks = product.wait_for(
+            path,
+            lambda one: all({mark["peer"] for mark in block["timeline"]} == both for block in one["blocks"]),
+            "both peers in each block's timeline",
+        )["blocks"]
         assert [block["hash"] for block in reversed(blocks)] == mined
         assert {source["name"] for source in told} == {alice.p2p_address, bob.p2p_address}
         assert sum(source["first"] for source in told) == len(mined)
@@ -156,7 +162,7 @@ def test_what_the_only_upstream_gained_while_it_was_away_comes_as_catchup(
     with BcoinNode(on_disk=True) as node, Product(tmp_path, node.p2p_address) as product:
         node.mine(12)
         product.wait_until_healthy()
-        product.wait_for("health", lambda answer: answer["tip_height"] == 12, "the first blocks")
+        product.wait_for_tip(12)
         with JsonStream(product.stream) as raw:
             before = node.mine(2)
             raw.wait_for_hashes("validated", before)
@@ -211,7 +217,7 @@ def test_a_reorganisation_of_two_blocks_is_told_with_its_losers_and_its_fork(
                 for one in raw.of("stale"):
                     assert "best" not in one["state"]
                     assert one["seq"] > changes[0]["seq"]
-                assert product.ask("health")["tip_height"] == 16
+                product.wait_for_tip(16)
                 assert alice.tip() == (16, later)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprint.channels import EventChannel
 from sprint.deliveries.shm import ShmDelivery
-from sprint.events import Event, Source, State
+from sprint.events import Event, Lapped, Source, State
 from sprint.record import SIZE, Record
 from sprint.ring import Ring, RingWriter, size_for
 from sprint.shared_memory import SharedMemory
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
+    from sprint.shared_reader import SharedReader
     from sprint.status import Delivery
 
 SESSION = 0xFEED_BEEF_0123_4567
@@ -171,6 +172,20 @@ def until(holds: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.001)
+
+
+def read_all(reader: SharedReader) -> list[int | Lapped]:
+    """Everything there is: the sequence of each record, once its copy is found right, and each loss."""
+    outcomes: list[int | Lapped] = []
+    while (found := reader.read()) is not None:
+        if isinstance(found, Lapped):
+            outcomes.append(found)
+        else:
+            record = reader.copy()
+            assert record is not None
+            assert int.from_bytes(record[64:96], "little") == reader.sequence
+            outcomes.append(reader.sequence)
+    return outcomes
 
 
 class Client:

@@ -213,15 +213,20 @@ def test_the_reader_in_c_keeps_its_account_of_a_hundred_thousand_records(program
 @needs_gcc
 @needs_x86
 def test_the_reader_in_c_ends_when_the_server_does_or_refuses_it(program: Path, path: Path) -> None:
-    with serving(path) as host:
-        with running(program, path) as c:
-            assert json.loads(c.line()) == {"error": "tier free has no shared memory: enterprise and turbo have"}
-            assert c.process.wait(60) == 3
-        with running(program, path, "turbo") as c:
-            c.line()
-            until(lambda: _is_waiting(c.process.pid))
-            host.kill_worker()
-            assert c.process.wait(60) == 0
+    with serving(path) as host, running(program, path) as c:
+        assert json.loads(c.line()) == {"error": "tier free has no shared memory: enterprise and turbo have"}
+        assert c.process.wait(60) == 3
+    with serving(path, max_readers=1) as host, closing(Client(path)) as client:
+        client.answer()
+        for _ in range(20):  # whether it is refused before or after it has said its hello
+            with running(program, path, "turbo") as c:
+                assert json.loads(c.line()) == {"error": "too many subscribers", "retry": True}
+                assert c.process.wait(60) == 3
+    with serving(path) as host, running(program, path, "turbo") as c:
+        c.line()
+        until(lambda: _is_waiting(c.process.pid))
+        host.kill_worker()
+        assert c.process.wait(60) == 0
 
 
 def _state(pid: int) -> str:

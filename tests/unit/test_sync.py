@@ -166,12 +166,22 @@ def test_a_peer_that_is_itself_syncing_is_asked_again_and_the_others_too() -> No
     stage.connect("b", height=500)
     _asked(stage)
     stage.hear_run(b"", "a")
+    assert _asked(stage) == ["b"]  # at once: it may know better
+    stage.hear_run(b"", "b")
     assert stage.wants == []
     stage.wait(RETRY_NS)
-    assert _asked(stage) == ["b"]
-    stage.hear_run(b"", "b")
-    stage.wait(RETRY_NS)
     assert _asked(stage) == ["a"]
+    stage.hear_run(b"", "a")
+    assert _asked(stage) == ["b"]
+
+
+def test_a_peer_that_comes_while_the_others_have_disappointed_us_is_asked_at_once() -> None:
+    stage = Stage(blocks=20)
+    stage.connect("a", height=500)
+    _asked(stage)
+    stage.hear_run(b"", "a")
+    stage.connect("b")
+    assert _asked(stage) == ["b"]
 
 
 def test_a_peer_that_connects_anew_without_a_farewell_is_asked_anew() -> None:

@@ -41,9 +41,9 @@ def measure(settings, progress):
     answer, helper_pid = helper.ask(settings["question"])
     progress("asking", 1, 2)
     if "hang" in settings:
-        with open(settings["hang"], "w") as pids:
-            pids.write(f"{os.getpid()} {helper_pid}\\n")
         try:
+            with open(settings["hang"], "w") as pids:
+                pids.write(f"{os.getpid()} {helper_pid}\\n")
             time.sleep(3600)
         finally:
             with open(settings["hang"], "w") as cleaned:
@@ -81,8 +81,13 @@ def test_a_failure_is_no_result(module: str, capfd: pytest.CaptureFixture[str]) 
     assert "a mistake of ours" in capfd.readouterr().err
 
 
-def ended(descriptor: int) -> bool:
+def readable(descriptor: int) -> bool:
     return bool(select.select([descriptor], [], [], 20)[0])
+
+
+def said(fifo: int) -> str:
+    assert readable(fifo)
+    return os.read(fifo, 100).decode()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -91,17 +96,18 @@ def test_measurement_and_helpers_end_with_the_one_who_asked_and_clean_up(
 ) -> None:
     pids = tmp_path / "pids"
     os.mkfifo(pids)
+    fifo = os.open(pids, os.O_RDWR)
     asking = (
         "from sprint.bench.apart import run_apart\n"
         f"run_apart({module!r}, {{'question': 1, 'hang': {str(pids)!r}}}, lambda *_: None)"
     )
     with subprocess.Popen([sys.executable, "-c", asking], stderr=subprocess.DEVNULL) as process:
-        descriptors = [os.pidfd_open(int(pid)) for pid in pids.read_text().split()]
+        descriptors = [os.pidfd_open(int(pid)) for pid in said(fifo).split()]
         process.send_signal(how)
-        assert pids.read_text() == "cleaned\n"
-        assert all(ended(descriptor) for descriptor in descriptors)
+        assert said(fifo) == "cleaned\n"
+        assert all(readable(descriptor) for descriptor in descriptors)
         assert process.wait(20)
-    for descriptor in descriptors:
+    for descriptor in (fifo, *descriptors):
         os.close(descriptor)
 
 

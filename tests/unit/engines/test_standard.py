@@ -442,7 +442,7 @@ def test_questions_go_to_every_source_and_timers_of_the_relay_run(tmp_path: Path
         async with sprint.running():
             relay = sprint.relay
             relay.sync.caught_up = True
-            one.say(PeerReady(Kind.P2P, "a", 0))
+            one.say(PeerReady(Kind.P2P, "a", 1))
             while not one.wants:
                 await asyncio.sleep(0.001)
             asked = len(one.wants)

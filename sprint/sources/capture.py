@@ -1,0 +1,126 @@
+"""Source capture: announcements overheard on the interface, from the segments that a capture hands over.
+
+It has no connection of its own, asks nothing and knows no peer's name: each way out of the kernel stands in the status
+as one row, `capture ringbuf` and `capture af_xdp`, so that their leads can be compared; each tells every announcement
+that it sees, once. A poll looks at what new segments begin with, and if that says anything, it is returned at once; the
+rest of the work on the same segments is done by the next poll, which deadline() asks for.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Protocol
+
+from sprint.events import Source
+from sprint.reassembly import Reassembler
+from sprint.status import writing
+from xdp.segments import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sprint.bitcoin.networks import Network
+    from sprint.events import Want
+    from sprint.sources import Heard
+    from sprint.status import StatusBlock
+    from xdp.segments import Segment
+
+    class Captures(Protocol):
+        """Where segments come from. What goes wrong there is for it to count and to mend: nothing here raises."""
+
+        def fileno(self) -> int:
+            """Readable when poll() has something; the same as long as the capture lives."""
+
+        def poll(self) -> list[Segment]:
+            """What came since the last call, without blocking, a bounded number; payloads hold until the next call."""
+
+        def close(self) -> None:
+            """Let go of the kernel's side."""
+
+        def counters(self) -> dict[str, int]:
+            """What the kernel's side has counted."""
+
+
+PEERS = {backend: f"capture {backend.name.lower()}" for backend in Backend}
+"""What each backend is called in sightings and in /api/sources."""
+
+
+class CaptureSource:
+    """Turns a capture's segments into sightings."""
+
+    def __init__(
+        self, capture: Captures, network: Network, status: StatusBlock, backends: Sequence[Backend] = tuple(Backend)
+    ) -> None:
+        """`backends`: those that are on; they have their rows in the status from the beginning."""
+        self._capture = capture
+        self._status = status
+        self._reassemblers = {backend: Reassembler(network.magic, PEERS[backend]) for backend in Backend}
+        self._glances = {backend: one.announcements.glance for backend, one in self._reassemblers.items()}
+        self._backends = tuple(backends)
+        self._glanced: list[Segment] = []
+        """Segments of the last poll that are to be looked at again, in full."""
+        self._closed = False
+        for backend in self._backends:
+            status.peer_index(PEERS[backend])
+
+    def fileno(self) -> int:
+        """The capture's descriptor."""
+        return self._capture.fileno()
+
+    def poll(self, now_ns: int) -> list[Heard]:
+        """What new segments say at first glance, else all that they say."""
+        heard: list[Heard] = []
+        if not self._glanced:
+            segments = self._capture.poll()
+            if not segments:
+                return heard
+            self._glanced = segments
+            glances = self._glances
+            for segment in segments:
+                heard += glances[segment.backend](segment, now_ns)
+            if heard:
+                return heard
+        segments, self._glanced = self._glanced, []
+        for segment in segments:
+            heard += self._reassemblers[segment.backend].receive(segment, now_ns, glanced=True)
+        return heard
+
+    def deadline(self) -> int | None:
+        """At once, if there are segments that have only been glanced at."""
+        return 0 if self._glanced else None
+
+    def want(self, want: Want, now_ns: int) -> None:
+        """A capture can't ask anybody."""
+
+    def account(self) -> None:
+        """Write each backend's row of the status block, and forget flows that have fallen silent."""
+        now_ns = time.monotonic_ns()
+        for backend in self._backends:
+            reassembler = self._reassemblers[backend]
+            reassembler.forget(now_ns)
+            index = self._status.peer_index(PEERS[backend])
+            if index is None:
+                continue
+            row = self._status.layout.peers[index]
+            with writing(row):
+                row.source = Source.CAPTURE
+                row.connected = not self._closed
+                row.bytes_received = reassembler.counters.bytes
+                row.skipped_messages = reassembler.counters.skipped
+
+    def counters(self) -> dict[str, int]:
+        """The capture's own counters, and those of each backend's reassembly as `<backend>_<counter>`."""
+        counted = dict(self._capture.counters())
+        for backend in self._backends:
+            reassembler, prefix = self._reassemblers[backend], backend.name.lower()
+            counted |= {f"{prefix}_{name}": count for name, count in asdict(reassembler.counters).items()}
+            counted |= {f"{prefix}_flows": reassembler.flows, f"{prefix}_kept_bytes": reassembler.kept_bytes}
+        return counted
+
+    def close(self) -> None:
+        """Close the capture; what it had handed over is gone with it."""
+        self._glanced = []
+        if not self._closed:
+            self._closed = True
+            self._capture.close()
