@@ -238,7 +238,7 @@ class MemorySprint:
             self._accounts(number, "shm"),
             network=config.network.name,
             tier_of_key=lambda _key: config.tier,
-            max_readers=session_limit(),
+            max_readers=max(1, session_limit() // 2),  # a reader takes two descriptors
         )
         asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.start(loop, config.shm_socket)))
 

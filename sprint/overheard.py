@@ -42,6 +42,8 @@ FRAME = Struct("<4s12sI4s")
 """Magic, command, length and checksum."""
 _COMMAND = re.compile(rb"[\x21-\x7e]{1,12}\x00*")
 _BITS_OFFSET = 72
+_MASK = 0xFFFF_FFFF
+_HALF = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,39 @@ class Counters:
     def skipped(self) -> int:
         """Messages that looked like announcements and proved nothing."""
         return self.bad_checksum + self.unproven + self.malformed
+
+
+class Gathered:
+    """A message that comes in pieces: its first bytes, without a gap."""
+
+    __slots__ = ("data", "disputed", "kind", "need", "start")
+
+    def __init__(self, start: int, data: bytes) -> None:
+        self.start = start
+        self.data = bytearray(data)
+        self.need = FRAME_HEADER_SIZE
+        self.kind: Kind | None = None
+        """None until the 24 bytes of the frame's header are there."""
+        self.disputed = False
+        """Some segment disagrees: nothing but the checksum can tell whether all pieces are of one sender."""
+
+    def contradicts(self, sequence: int, data: bytes) -> bool:
+        """Whether a segment and this message disagree on some byte. It is then disputed from now on."""
+        begins = (sequence - self.start + _HALF & _MASK) - _HALF
+        low, high = max(begins, 0), min(begins + len(data), len(self.data))
+        if low >= high or data[low - begins : high - begins] == self.data[low:high]:
+            return False
+        self.disputed = True
+        return True
+
+    def take(self, sequence: int, data: bytes) -> bool:
+        """Append what a segment adds that doesn't disagree; False: nothing."""
+        held = len(self.data)
+        offset = (self.start + held - sequence) & _MASK
+        if offset >= len(data) or self.contradicts(sequence, data):
+            return False
+        self.data += data[offset : offset + self.need - held]
+        return True
 
 
 class Announcements:

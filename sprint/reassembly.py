@@ -10,7 +10,8 @@ So nothing here waits for a gap to close, and no single claim is believed:
   disputed, it is told from one segment alone or by the checksum of its whole, so never as a mixture of two senders'.
 - Where a flow comes whole and in order, from a SYN or a message of sound checksum on, it is followed from message to
   message by the length field, and the magic inside a body means nothing; only at a segment's start it is still looked
-  at, as is everything once a body claims more than MAX_TRUSTED_BODY. Any gap, overlap or disorder ends the following.
+  at, as is everything once a body claims more than MAX_TRUSTED_BODY. Any gap, overlap or disorder ends the following,
+  and what was passed over is read after all.
 
 Everything is bounded: bytes, messages and segments kept for a flow, bytes in all, flows (least recently heard of go
 first) and their age. No flow is special: what can't be parsed (BIP324) costs one search for the magic a segment.
@@ -26,11 +27,10 @@ from typing import TYPE_CHECKING
 from sprint.bitcoin.block import double_sha256
 from sprint.bitcoin.codec import MAX_PAYLOAD_SIZE
 from sprint.bitcoin.framing import FRAME_HEADER_SIZE
-from sprint.overheard import EARLY_SIZE, FRAME, KINDS, MAX_INV_SIZE, Announcements, is_command
+from sprint.overheard import EARLY_SIZE, FRAME, KINDS, MAX_INV_SIZE, Announcements, Gathered, is_command
 
 if TYPE_CHECKING:
     from sprint.events import Sighting
-    from sprint.overheard import Kind
     from xdp.segments import Flow, Segment
 
 MAX_FLOWS = 4_096
@@ -63,43 +63,10 @@ _FIN_OR_RST, _SYN = 0x05, 0x02
 _HASH_ALLOWANCE = 4_096
 
 
-class _Gathered:
-    """The first bytes of one message, without a gap."""
-
-    __slots__ = ("data", "disputed", "kind", "need", "start")
-
-    def __init__(self, start: int, data: bytes) -> None:
-        self.start = start
-        self.data = bytearray(data)
-        self.need = FRAME_HEADER_SIZE
-        self.kind: Kind | None = None
-        """None until the 24 bytes of the frame's header are there."""
-        self.disputed = False
-        """Some segment disagrees: nothing but the checksum can tell whether all pieces are of one sender."""
-
-    def contradicts(self, sequence: int, data: bytes) -> bool:
-        """Whether a segment and this message disagree on some byte. It is then disputed from now on."""
-        begins = (sequence - self.start + _HALF & _MASK) - _HALF
-        low, high = max(begins, 0), min(begins + len(data), len(self.data))
-        if low >= high or data[low - begins : high - begins] == self.data[low:high]:
-            return False
-        self.disputed = True
-        return True
-
-    def take(self, sequence: int, data: bytes) -> bool:
-        """Append what a segment adds that doesn't disagree; False: nothing."""
-        held = len(self.data)
-        offset = (self.start + held - sequence) & _MASK
-        if offset >= len(data) or self.contradicts(sequence, data):
-            return False
-        self.data += data[offset : offset + self.need - held]
-        return True
-
-
 class _FlowState:
     """What is kept of one flow."""
 
-    __slots__ = ("charge", "gathered", "heard_ns", "here", "key", "next", "stray_bytes", "strays")
+    __slots__ = ("charge", "gathered", "heard_ns", "here", "key", "next", "passed", "stray_bytes", "strays")
 
     def __init__(self, key: Flow) -> None:
         self.key = key
@@ -107,11 +74,26 @@ class _FlowState:
         """While the flow is followed: the sequence number of the next segment in order."""
         self.next = 0
         """While the flow is followed: where the next message starts; before `here` if its header is half there."""
-        self.gathered: list[_Gathered] = []
+        self.gathered: list[Gathered] = []
         self.strays: list[tuple[int, bytes]] = []
+        """Segments that came out of order, or of a flow that isn't followed."""
+        self.passed: list[tuple[int, bytes]] = []
+        """Segments of the body at hand, unread: should its length prove to be false, they still can be."""
         self.stray_bytes = 0
+        """What these two take up."""
         self.charge = 0
         self.heard_ns = 0
+
+    def keep(self, segments: list[tuple[int, bytes]], sequence: int, data: bytes) -> None:
+        """Put a segment to the strays or to those passed over."""
+        segments.append((sequence, data))
+        self.stray_bytes += len(data) + ENTRY_COST
+
+    def drop_passed(self) -> None:
+        """The body that these lay in was one."""
+        if self.passed:
+            self.stray_bytes -= sum(len(data) + ENTRY_COST for _, data in self.passed)
+            self.passed = []
 
 
 class Reassembler:
@@ -166,6 +148,7 @@ class Reassembler:
             self._flows.move_to_end(key)
         flow.heard_ns = now_ns
         if bits & _SYN:
+            self._let_go(flow)
             flow.here = flow.next = sequence
         if data:
             self._at_hand = (sequence, data)
@@ -202,29 +185,33 @@ class Reassembler:
 
     def _place(self, flow: _FlowState, sequence: int, length: int, data: bytes) -> None:
         """Find the messages that start in this segment: by following the flow if it is next in order, else anywhere."""
-        if sequence == flow.here:
-            at = (flow.next - sequence) & _MASK
-            if at >= _HALF:  # a header that began in an earlier segment isn't complete even now
-                flow.here = (sequence + length) & _MASK
+        at = (flow.next - sequence) & _MASK
+        if sequence != flow.here:
+            self._read(flow, sequence, length, data, None)
+        elif at < len(data):
+            if self._read(flow, sequence, length, data, at):
                 return
-            if at < len(data):
-                self._read(flow, sequence, length, data, at)
-                return
-            if length <= at <= MAX_TRUSTED_BODY:
-                flow.here = (sequence + length) & _MASK
-                if data.startswith(self._magic):
-                    self._look(flow, sequence, data, 0)
-                return
-        self._read(flow, sequence, length, data, None)
-        flow.strays.append((sequence, data))
-        flow.stray_bytes += len(data) + ENTRY_COST
+        elif at >= _HALF:  # a header that began in an earlier segment isn't complete even now
+            flow.here = (sequence + length) & _MASK
+            return
+        elif length <= at <= MAX_TRUSTED_BODY:
+            flow.here = (sequence + length) & _MASK
+            if data.startswith(self._magic):
+                self._look(flow, sequence, data, 0)
+            flow.keep(flow.passed, sequence, data)
+            return
+        else:
+            self._read(flow, sequence, length, data, None)
+        flow.keep(flow.strays, sequence, data)
 
-    def _read(self, flow: _FlowState, sequence: int, length: int, data: bytes, start: int | None) -> None:
-        """Walk from message to message; `start`: where one is known to begin, None where that has to be found out."""
+    def _read(self, flow: _FlowState, sequence: int, length: int, data: bytes, start: int | None) -> bool:
+        """Walk from message to message; `start`: where one should begin, None where that has to be found out.
+
+        Returns whether the flow is followed to the segment's end.
+        """
         size = len(data)
         decoys = MAX_DECOYS + size // 256
-        followed = start is not None
-        at = start or 0
+        at, followed, borne_out = start or 0, start is not None, False
         while at < size and decoys:
             if not followed:
                 at = data.find(self._magic, at)
@@ -234,20 +221,37 @@ class Reassembler:
             if followed and end == 0:
                 break
             if end > 0 and (followed or (end <= size and self._is_sound(data, at, end))):
-                followed = True
+                followed = borne_out = True
                 at = end
             else:
+                at = at + 1 if borne_out or not followed else 0
                 followed = False
-                at += 1
                 decoys -= 1
         if followed and (at >= length or size == length):
             flow.here, flow.next = (sequence + length) & _MASK, (sequence + at) & _MASK
-            return
-        flow.here = None
+            if borne_out:
+                flow.drop_passed()
+            else:
+                flow.keep(flow.passed, sequence, data)
+            return True
+        self._let_go(flow)
         if not followed:
             for beginning in self._beginnings:
                 if data.endswith(beginning):
                     self._open(flow, (sequence + size - len(beginning)) & _MASK, beginning)
+        return False
+
+    def _let_go(self, flow: _FlowState) -> None:
+        """Follow the flow no longer, and read what was passed over on the strength of a length that may be false."""
+        flow.here = None
+        passed, flow.passed = flow.passed, []
+        at_hand = self._at_hand
+        for sequence, data in passed:
+            self._at_hand = (sequence, data)
+            self._hashable += 4 * len(data)
+            self._read(flow, sequence, len(data), data, None)
+            flow.strays.append((sequence, data))
+        self._at_hand = at_hand
 
     def _look(self, flow: _FlowState, sequence: int, data: bytes, at: int) -> int:
         """Take what a message at `at` says, or begin to gather it; returns the offset of its end.
@@ -295,7 +299,7 @@ class Reassembler:
 
     def _open(self, flow: _FlowState, start: int, data: bytes) -> None:
         """Gather the message at `start`, of which `data` is there, unless that is being done."""
-        opened = _Gathered(start, data)
+        opened = Gathered(start, data)
         for rival in flow.gathered:
             if rival.start == start:
                 if not rival.contradicts(start, data):
@@ -307,7 +311,7 @@ class Reassembler:
             self.counters.abandoned += 1
         self._grow(flow, opened)
 
-    def _grow(self, flow: _FlowState, gathered: _Gathered) -> None:
+    def _grow(self, flow: _FlowState, gathered: Gathered) -> None:
         """Go on with a message as far as this segment allows, and the strays, if all agree."""
         while True:
             if len(gathered.data) < gathered.need:
@@ -332,7 +336,7 @@ class Reassembler:
         elif not gathered.disputed or double_sha256(data[FRAME_HEADER_SIZE:])[:4] == checksum:
             self._heard += self.announcements.early(flow.key, start, kind, length, data, 0, self._seen_ns)
 
-    def _need_more(self, flow: _FlowState, gathered: _Gathered) -> bool:
+    def _need_more(self, flow: _FlowState, gathered: Gathered) -> bool:
         """What was needed so far is there; whether that has shown that more is needed."""
         if gathered.kind is None:
             return self._begin(flow, gathered)
@@ -348,7 +352,7 @@ class Reassembler:
             return False
         return True
 
-    def _begin(self, flow: _FlowState, gathered: _Gathered) -> bool:
+    def _begin(self, flow: _FlowState, gathered: Gathered) -> bool:
         """Read the header of a message; whether more of it is needed. If the flow is followed, that goes on behind."""
         magic, command, length, _ = FRAME.unpack_from(gathered.data)
         kind = KINDS.get(command)
@@ -357,7 +361,7 @@ class Reassembler:
             if plausible:
                 flow.next = (gathered.start + FRAME_HEADER_SIZE + length) & _MASK
             else:
-                flow.here = None
+                self._let_go(flow)
         if not plausible or kind is None:
             return False
         if not kind.least <= length <= kind.most:
@@ -369,10 +373,11 @@ class Reassembler:
 
     def _settle(self, flow: _FlowState) -> None:
         """Keep a flow within its bounds, and count what it takes up."""
-        strays, gathered = flow.strays, flow.gathered
+        gathered = flow.gathered
         held = sum(len(one.data) + ENTRY_COST for one in gathered) + FLOW_COST
-        while strays and (len(strays) > MAX_STRAYS or held + flow.stray_bytes > MAX_FLOW_BYTES):
-            flow.stray_bytes -= len(strays.pop(0)[1]) + ENTRY_COST
+        for segments in (flow.strays, flow.passed):
+            while segments and (len(segments) > MAX_STRAYS or held + flow.stray_bytes > MAX_FLOW_BYTES):
+                flow.stray_bytes -= len(segments.pop(0)[1]) + ENTRY_COST
         while held > MAX_FLOW_BYTES:
             held -= len(gathered.pop(0).data) + ENTRY_COST
             self.counters.abandoned += 1

@@ -292,6 +292,10 @@ def load_in_child(
             child.wait()
         for fd in fds:
             os.set_inheritable(fd, False)
+        if fds and len(fds) != len(programs) + len(maps):
+            for fd in fds:
+                os.close(fd)
+            raise LoadError(f"{source}: {len(fds)} of {len(programs) + len(maps)} descriptors came: out of open files?")
         if not fds:
             errors.seek(0)
             raise LoadError(f"{source}: {_reason(reply.decode(), errors.read().decode(errors='replace'))}")

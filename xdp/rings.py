@@ -52,12 +52,8 @@ class RingOffsets(NamedTuple):
     flags: int
 
 
-class Descriptor(NamedTuple):
-    """A frame in the UMEM (struct xdp_desc)."""
-
-    address: int
-    length: int
-    options: int
+Descriptor = tuple[int, int, int]
+"""A frame in the UMEM: address, length, options (struct xdp_desc). Bare, since naming the three costs as much again."""
 
 
 class _Ring:
@@ -143,9 +139,10 @@ class TxRing(_Producer):
 
     def __setitem__(self, position: int, frame: Descriptor) -> None:
         """Write a descriptor into a reserved position."""
+        address, length, options = frame
         slot = (position & self._mask) << 1
-        self._slots[slot] = frame.address
-        self._slots[slot + 1] = frame.options << 32 | frame.length
+        self._slots[slot] = address
+        self._slots[slot + 1] = options << 32 | length
 
 
 class _Consumer(_Ring):
@@ -188,7 +185,7 @@ class RxRing(_Consumer):
         """The descriptor at a peeked position."""
         slot = (position & self._mask) << 1
         rest = self._slots[slot + 1]
-        return Descriptor(self._slots[slot], rest & 0xFFFFFFFF, rest >> 32)
+        return self._slots[slot], rest & 0xFFFFFFFF, rest >> 32
 
 
 class CompletionRing(_Consumer):

@@ -98,18 +98,19 @@ class Xsk:
     ) -> None:
         """Create, register and bind to the interface of that index, in the namespace of the calling thread.
 
-        `metadata_bytes` (a multiple of 4) lie in front of each frame where the program put that much by
+        `metadata_bytes` lie in front of each frame where the program put that much by
         bpf_xdp_adjust_meta; peek() then gives both as one.
 
         Raises OSError, whose message says which step was refused and why that may be; UnsupportedMachineError.
         """
         require_strong_order()
+        if not 0 <= metadata_bytes < HEADROOM_BYTES or metadata_bytes % 4:
+            raise ValueError(f"metadata_bytes={metadata_bytes}: a multiple of 4 below {HEADROOM_BYTES} is expected")
         self.geometry = geometry = geometry or Geometry()
         self.index, self.queue, self.flags = index, queue, flags
         self.received = 0
         """Frames handed out by peek()."""
         self._metadata_bytes = metadata_bytes
-        self._chunk_mask = -geometry.chunk_bytes
         self._held: list[memoryview] = []
         self._addresses: list[int] = []
         with contextlib.ExitStack() as undo:
@@ -204,7 +205,7 @@ class Xsk:
         found = []
         for position in positions:
             address, length, _ = rx[position]
-            addresses.append(address & self._chunk_mask)
+            addresses.append(address)  # goes back as it is: the kernel masks what lies within the chunk
             found.append(frames[address - before : address + length])
         self._held += found
         self.received += len(found)

@@ -85,6 +85,7 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
     finally:
         for receiver in receivers:
             receiver.close()
+        os.sched_setaffinity(0, usable)
     largest = sizes[-1]
     a_send_ns = largest["sprint"]["sent_ms"] * NS_PER_MS / most
     return {

@@ -158,7 +158,7 @@ def veth_pair(
     far: Namespace,
     names: tuple[str, str] = ("near", "far"),
     *,
-    addresses: tuple[str, str] | None = None,
+    addresses: tuple[str | None, str | None] | None = None,
     mtu: int = 1500,
     queues: int = 1,
 ) -> tuple[Veth, Veth]:

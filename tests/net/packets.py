@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
-from scapy.packet import Packet, Raw
+from scapy.packet import Raw
 
 from tests.net.conftest import REGTEST_MAGIC, REGTEST_PORT
+
+if TYPE_CHECKING:
+    from scapy.packet import Packet
 
 US, PEER = "10.77.0.1", "10.77.0.2"
 US6, PEER6 = "fd77::1", "fd77::2"
@@ -23,9 +26,10 @@ SYN, ACK, PSH_ACK, SYN_ACK = 0x02, 0x10, 0x18, 0x12
 MSG_TX, MSG_BLOCK, MSG_WITNESS_TX, MSG_WITNESS_BLOCK = 1, 2, 0x40000001, 0x40000002
 
 
-def from_peer(**fields: int) -> TCP:
+def from_peer(**fields: Any) -> Packet:
     """TCP of a segment from a peer that we connected to."""
-    return TCP(**{"sport": REGTEST_PORT, "dport": 40000, "seq": 1000, "flags": "PA", **fields})
+    values: dict[str, Any] = {"sport": REGTEST_PORT, "dport": 40000, "seq": 1000, "flags": "PA", **fields}
+    return TCP(**values)
 
 
 def ethernet() -> Packet:
@@ -33,12 +37,12 @@ def ethernet() -> Packet:
     return Ether(src="02:00:00:00:00:02", dst="02:00:00:00:00:01")
 
 
-def ipv4(**fields: object) -> Packet:
+def ipv4(**fields: Any) -> Packet:
     """Link and IPv4 header, to be continued."""
     return ethernet() / IP(src=PEER, dst=US, **fields)
 
 
-def ipv6(**fields: object) -> Packet:
+def ipv6(**fields: Any) -> Packet:
     """Link and IPv6 header, to be continued."""
     return ethernet() / IPv6(src=PEER6, dst=US6, **fields)
 

@@ -17,7 +17,6 @@ from scapy.layers.inet6 import (
 )
 from scapy.layers.ipsec import AH
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q
-from scapy.packet import Packet
 
 from tests.net import packets
 from tests.net.conftest import REGTEST_MAGIC, REGTEST_PORT
@@ -28,6 +27,8 @@ from xdp.ringbuf import RingBuffer
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
+
+    from scapy.packet import Packet
 
 XDP_DROP, XDP_PASS = 1, 2
 TC_ACT_UNSPEC = 0xFFFFFFFF
@@ -172,10 +173,10 @@ SHAPES = (
     Shape("IPv4 with 40 bytes of options", ipv4(options=[IPOption(b"\x01")] * 40) / from_peer(), True),
     Shape("TCP with 40 bytes of options", ipv4() / from_peer(options=[("NOP", None)] * 40), True),
     Shape("IPv4 that must not be fragmented", ipv4(flags="DF") / from_peer(), True),
-    Shape("a VLAN tag", packets.ethernet() / Dot1Q(vlan=7) / ipv4()[1] / from_peer(), True),
-    Shape("a service tag and a VLAN tag", packets.ethernet() / Dot1AD() / Dot1Q() / ipv4()[1] / from_peer(), True),
+    Shape("a VLAN tag", packets.ethernet() / Dot1Q(vlan=7) / ipv4().payload / from_peer(), True),
+    Shape("a service tag and a VLAN tag", packets.ethernet() / Dot1AD() / Dot1Q() / ipv4().payload / from_peer(), True),
     Shape("IPv6", ipv6() / from_peer(), True),
-    Shape("IPv6 behind a VLAN tag", packets.ethernet() / Dot1Q() / ipv6()[1] / from_peer(), True),
+    Shape("IPv6 behind a VLAN tag", packets.ethernet() / Dot1Q() / ipv6().payload / from_peer(), True),
     Shape("IPv6 with hop-by-hop options", ipv6() / IPv6ExtHdrHopByHop(options=PADDING) / from_peer(), True),
     Shape(
         "IPv6 with a routing header", ipv6() / IPv6ExtHdrRouting(addresses=["fd77::9", "fd77::8"]) / from_peer(), True
@@ -192,7 +193,7 @@ SHAPES = (
         / from_peer(),
         True,
     ),
-    Shape("three VLAN tags", packets.ethernet() / Dot1Q() / Dot1Q() / Dot1Q() / ipv4()[1] / from_peer(), False),
+    Shape("three VLAN tags", packets.ethernet() / Dot1Q() / Dot1Q() / Dot1Q() / ipv4().payload / from_peer(), False),
     Shape("a fragment's beginning", ipv4(flags="MF") / from_peer(), False),
     Shape("a fragment's end", ipv4(frag=100) / from_peer(), False),
     Shape("an IPv6 fragment", ipv6() / IPv6ExtHdrFragment(m=1) / from_peer(), False),
@@ -385,7 +386,8 @@ def test_every_announcement_that_arrives_is_captured_through_loss_repetition_and
         if dice.random() < 0.05:
             flight.insert(at + dice.randrange(5), flight[at])
         at += 1
-    flight = [one for one in flight if dice.random() < 0.95]
+    # The first header comes again until it has come: a flow that hides its beginning for long counts as opaque.
+    flight = [one for one in flight if one[0] < 24 or dice.random() < 0.95]
     coverage.add(bench.all([wire.syn(), *(packet for _, packet, _ in flight)]))
     for start, _, size in flight:
         arrived[start : start + size] = b"\1" * size
@@ -622,7 +624,7 @@ def test_what_the_compiler_or_the_verifier_refuses_is_told_in_one_line(
 
 def test_missing_headers_are_told_in_one_line(bpf_loadable: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BCC_KERNEL_SOURCE", "/nowhere")
-    with pytest.raises(loader.LoadError, match="^BCC_KERNEL_SOURCE is /nowhere, where there are no kernel headers$"):
+    with pytest.raises(loader.LoadError, match=r"^BCC_KERNEL_SOURCE is /nowhere, where there are no kernel headers$"):
         loader.load(REGTEST_MAGIC, [REGTEST_PORT])
 
 
@@ -632,7 +634,8 @@ def test_a_struct_member_of_unknown_type_is_refused() -> None:
 
 
 def test_python_lays_structs_out_as_c_does() -> None:
-    text = "#define N 3\nstruct a {\n    u8 x;\n    u16 y[N];\n};\nstruct b {\n    u8 z[5];\n    struct a in[2];\n    u64 w;\n};\n"
+    text = "#define N 3\nstruct a {\n    u8 x;\n    u16 y[N];\n};\n"
+    text += "struct b {\n    u8 z[5];\n    struct a in[2];\n    u64 w;\n};\n"
     outer = loader.parse_common(text).layouts["b"]
     assert [(member.name, member.offset) for member in outer.members] == [
         ("z", 0),

@@ -332,6 +332,12 @@ def test_a_geometry_that_no_kernel_takes_is_refused(field: str, value: int) -> N
         Geometry(**{field: value})
 
 
+@pytest.mark.parametrize("size", [-4, 3, 256])
+def test_metadata_that_does_not_fit_the_headroom_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"metadata_bytes={size}:"):
+        Xsk(1, metadata_bytes=size)
+
+
 def test_another_machine_is_refused_before_anything_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(UnsupportedMachineError, match="aarch64"):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sprint.ring import Ring
 
 RECORDS = int(os.environ.get("SPRINT_TEST_RECORDS", "2_000_000"))
-"""How many the processes below exchange. Ten million pass too, in 40 s on two idle cores: too long for each run."""
+"""How many the processes below exchange. Ten million pass too, in a minute on two cores: too long for each run."""
 IN_STEP = 1024
 """How far the writer may be ahead of the reader that must not be lapped; the ring holds twice as many."""
 HALF = SIZE // 2

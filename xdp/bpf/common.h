@@ -1,16 +1,16 @@
 /* What the kernel side and Python share: constants and structs, this being their only copy.
  *
- * xdp/loader.py reads this file as text, so keep to what it understands: `#define NAME number` (or NAME "text"), and
- * structs of one field a line, whose type is u8, u16, u32, u64, an array of those, or an earlier struct. Numbers are in
- * the machine's byte order, addresses in the network's.
+ * xdp/loader.py reads this file as text, so keep to what it understands: `#define NAME number`, and structs of one field
+ * a line, whose type is u8, u16, u32, u64, an array of those, or an earlier struct. Numbers are in the machine's byte
+ * order, addresses in the network's.
  */
 #ifndef SPRINT_COMMON_H
 #define SPRINT_COMMON_H
 
 #define FLOWS 8192            /* directions of connections followed at once; a node has 125 connections unless told */
 #define MESSAGES_A_SEGMENT 64 /* followed in one segment; what is behind them is captured for Python to frame */
-#define UNPLACED_LIMIT 256    /* segments on end without a message header in sight, before a flow counts as opaque, */
-#define V1_UNPLACED_LIMIT 16384 /* and if it has been seen to speak v1 */
+#define UNPLACED_LIMIT 256    /* segments on end without a message header, until a flow counts as opaque, */
+#define V1_UNPLACED_LIMIT 16384 /* and if it has been seen to speak v1: more than a whole message takes, on any link */
 #define STAMPS 1024           /* segments on their way through the mirror; a power of two */
 #define EXPRESS_PAYLOAD 16384 /* captured of one segment at most: GRO hands on up to 64 KiB, per-CPU memory ends at 32 */
 #define XSKS 16

@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -39,17 +39,10 @@ both = pytest.mark.parametrize("spin", [False, True], ids=["blocking", "spinning
 
 
 @pytest.fixture(autouse=True)
-def _no_hang() -> Iterator[None]:
-    def fail(_number: int, _frame: object) -> NoReturn:
-        raise TimeoutError("the loop does not end")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)}
-    signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, 20)
+def _sigterm_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGTERM, before)
 
 
 class _Log:

@@ -1,0 +1,204 @@
+/* Where messages start in a flow. Two guesses are kept, each followed from message to message; what neither can place
+ * is captured whole, so nothing here needs to be right, only seldom wrong. Pure: no map is used here. */
+#ifndef SPRINT_FRAMING_H
+#define SPRINT_FRAMING_H
+
+#include "packet.h"
+
+#define MSG_WITNESS_FLAG 0x40000000
+#define NONE 2
+#define FOUR(a, b, c, d) ((u32)(a) | (u32)(b) << 8 | (u32)(c) << 16 | (u32)(d) << 24) /* as they lie in memory */
+
+static __always_inline void want(struct work *w, u32 from, u32 to, u32 reason)
+{
+    if (from < w->from)
+        w->from = from;
+    if (to > w->to)
+        w->to = to;
+    w->reasons |= reason;
+}
+
+/* Whether an inv's first entry is a block, or can't be seen in this segment. Bitcoin Core puts blocks before
+ * transactions, others announce blocks in messages of their own. */
+static __always_inline int first_is_block(struct view *v, struct work *w, u32 body)
+{
+    u8 count;
+    u32 type;
+    if (body >= w->length || load(v, w->start + body, &count, 1))
+        return 1;
+    u32 at = body + (count < 0xfd ? 1 : count == 0xfd ? 3 : count == 0xfe ? 5 : 9);
+    if (at + 4 > w->length || load(v, w->start + at, &type, 4))
+        return 1;
+    type &= ~MSG_WITNESS_FLAG;
+    return type >= 2 && type <= 4; /* MSG_BLOCK, MSG_FILTERED_BLOCK, MSG_CMPCT_BLOCK */
+}
+
+/* Takes the message header in w->header, whose body starts at `body`; returns where the next message starts, 0 if this
+ * isn't one. */
+static __always_inline u32 take_header(struct view *v, struct work *w, struct track *t, struct config *c, u32 body)
+{
+    u32 length = w->header[4], wanted = 0, c0 = w->header[1], c1 = w->header[2], c2 = w->header[3];
+    if (w->header[0] != c->magic || length > MAX_MESSAGE)
+        return 0;
+    if (c0 == FOUR('h', 'e', 'a', 'd') && c1 == FOUR('e', 'r', 's', 0) && c2 == 0) {
+        if (length > MAX_HEADERS)
+            return 0;
+        wanted = length;
+    } else if (c0 == FOUR('i', 'n', 'v', 0) && c1 == 0 && c2 == 0) {
+        if (length > MAX_INV)
+            return 0;
+        if (length && first_is_block(v, w, body))
+            wanted = length;
+    } else if ((c0 == FOUR('c', 'm', 'p', 'c') && c1 == FOUR('t', 'b', 'l', 'o') && c2 == FOUR('c', 'k', 0, 0)) ||
+               (c0 == FOUR('b', 'l', 'o', 'c') && c1 == FOUR('k', 0, 0, 0) && c2 == 0)) {
+        wanted = length < BLOCK_PREFIX ? length : BLOCK_PREFIX;
+    }
+    t->last = w->sequence + body - HEADER_SIZE;
+    if (wanted) {
+        t->want_from = t->last;
+        t->want_to = w->sequence + body + wanted;
+        want(w, body < HEADER_SIZE ? 0 : body - HEADER_SIZE, body + wanted, CAPTURED_ANNOUNCEMENT);
+        w->announcements += 1;
+    }
+    return body + length;
+}
+
+/* Whether as many bytes as there are of a message header can be one's. */
+static __always_inline int can_be_header(u32 start, u64 have, struct config *c)
+{
+    u32 known = have < 4 ? (1 << 8 * have) - 1 : ~0;
+    return !((start ^ c->magic) & known);
+}
+
+/* Finds the messages of a segment in which a header starts, or goes on, at w->offset, following one guess. Where there
+ * is no header after all, the guess stays what it was: this may be the segment that is forged. */
+static __always_inline void follow(struct view *v, struct work *w, struct track *t, struct config *c)
+{
+    u64 have = t->have;
+    if (have) {
+        u32 at = UNKNOWN(w->offset), left = UNKNOWN(w->length) - at;
+        u64 need = HEADER_SIZE - have;
+        if (need > left)
+            need = left;
+        __builtin_memcpy(w->header, t->head, HEADER_SIZE);
+        FORGET(have);
+        FORGET(need);
+        if (have > HEADER_SIZE - 1 || need == 0 || need > HEADER_SIZE)
+            goto lost;
+        if (load(v, w->start + at, (u8 *)w->header + have, need))
+            goto lost;
+        have += need;
+        if (!can_be_header(w->header[0], have, c))
+            goto lost;
+        if (have < HEADER_SIZE) {
+            __builtin_memcpy(t->head, w->header, HEADER_SIZE);
+            t->have = have;
+            t->next = w->sequence + at + need;
+            want(w, at, at + need, CAPTURED_PARTIAL);
+            return;
+        }
+        u32 next = take_header(v, w, t, c, at + need);
+        if (!next)
+            goto lost;
+        w->found += 1;
+        w->offset = next;
+        t->have = 0;
+    }
+    for (int i = 0; i < MESSAGES_A_SEGMENT; i++) {
+        u32 at = UNKNOWN(w->offset), length = UNKNOWN(w->length);
+        if (at >= length || length - at < HEADER_SIZE)
+            break;
+        if (load(v, w->start + at, w->header, HEADER_SIZE))
+            goto lost;
+        u32 next = take_header(v, w, t, c, at + HEADER_SIZE);
+        if (!next)
+            goto lost;
+        w->found += 1;
+        w->offset = next;
+    }
+    u32 at = UNKNOWN(w->offset), length = UNKNOWN(w->length);
+    t->next = w->sequence + at;
+    if (at >= length)
+        return;
+    u64 left = length - at;
+    FORGET(left);
+    if (left > 0 && left < HEADER_SIZE) {
+        if (load(v, w->start + at, w->header, left) || !can_be_header(w->header[0], left, c))
+            goto lost;
+        __builtin_memcpy(t->head, w->header, HEADER_SIZE);
+        t->have = left;
+        t->next = w->sequence + length;
+        want(w, at, length, CAPTURED_PARTIAL);
+    } else {
+        want(w, at, length, CAPTURED_UNPLACED);
+    }
+    return;
+lost:
+    if (w->found)
+        t->next = w->sequence + w->offset;
+    w->lost = 1;
+    want(w, w->offset, w->length, CAPTURED_UNPLACED);
+}
+
+/* One guess's view of a segment. */
+static __always_inline void try_track(struct view *v, struct work *w, struct flow *f, u32 index, struct counters *n,
+                                      struct config *c)
+{
+    struct track *t = &f->tracks[index];
+    if (!t->valid)
+        return;
+    u32 length = UNKNOWN(w->length), sequence = UNKNOWN(w->sequence);
+    s32 from = t->want_from - sequence, to = t->want_to - sequence, ahead = t->next - sequence;
+    if (from < to && to > 0 && from < (s32)length)
+        want(w, from < 0 ? 0 : from, to, CAPTURED_CONTINUED);
+    /* A header's beginning that is in this segment too is taken from here. */
+    if (t->have && ahead >= t->have && ahead - t->have < (s32)length) {
+        ahead -= t->have;
+        t->next -= t->have;
+        t->have = 0;
+    }
+    if (ahead < 0 || ahead > MAX_MESSAGE + HEADER_SIZE)
+        return;
+    if (ahead >= (s32)length) {
+        if (t->proven && (s32)(sequence - t->last) >= 0)
+            w->placed = 1; /* in a message's body */
+        return;
+    }
+    w->placed = 1;
+    w->offset = ahead;
+    w->found = 0;
+    w->lost = 0;
+    follow(v, w, t, c);
+    if (w->found || (!w->lost && t->have >= 4)) { /* a magic, at least */
+        if (f->state == FLOW_OPAQUE)
+            n->opaque_flows -= 1;
+        f->state = FLOW_V1;
+        f->unplaced = 0;
+    }
+    if (w->found) {
+        t->proven = 1;
+        if (w->fresh != index)
+            f->main = index;
+    } else if (w->lost) {
+        if (w->fresh == index) {
+            t->valid = 0;
+        } else if (!t->proven && f->state == FLOW_NEW) {
+            f->state = FLOW_OPAQUE; /* the very first bytes after SYN are no magic */
+            n->opaque_flows += 1;
+        }
+    }
+}
+
+/* Guesses that a message starts here; returns the index of the guess, made in place of the less likely one. */
+static __always_inline u32 guess(struct flow *f, u32 sequence)
+{
+    struct track made = {.next = sequence, .valid = 1};
+    if (f->main ? !f->tracks[0].valid || f->tracks[1].valid : !f->tracks[0].valid) {
+        f->tracks[0] = made;
+        return 0;
+    }
+    f->tracks[1] = made;
+    return 1;
+}
+
+#endif
