@@ -52,16 +52,20 @@ def announce(config: Config, log: Any) -> None:
 
 
 def facts_of(config: Config, engine: str) -> dict[str, Any]:
-    """What the status block says about the configuration; the API reads nothing else of it."""
+    """What the status block says about the configuration; the API reads nothing else of it.
+
+    A switch counts as on only where the engine that runs has what it switches.
+    """
+    memory = engine == "memory"
     return {
         "version": __version__,
         "engine": engine,
         "tier": config.tier.label,
         "network": config.network.name,
-        "useSharedMemory": config.use_shared_memory,
+        "useSharedMemory": config.use_shared_memory and memory,
         "useDirectP2P": config.use_direct_p2p,
-        "useMemoryChannel": config.use_memory_channel,
-        "optimizeSystem": config.optimize_system,
+        "useMemoryChannel": config.use_memory_channel and memory,
+        "optimizeSystem": config.optimize_system and memory,
         "writeDeadlineNs": config.write_deadline_ns,
         "blockBufferSize": config.ring_slots,
         "kernelBypass": {

@@ -26,9 +26,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("app_memory",),
     ("composition",),
     ("api", "client", "deliveries", "engines", "sources"),
-    ("broadcaster", "ledger", "shared_reader"),
+    ("broadcaster", "ledger", "reassembly", "shared_reader"),
     ("relay",),
-    ("config", "handover", "header_file", "regtest", "subscription", "sync"),
+    ("config", "handover", "header_file", "overheard", "regtest", "subscription", "sync"),
     ("chain", "frames", "status", "ring"),
     ("header_tree", "record"),
     ("packed_chain",),
@@ -41,7 +41,7 @@ COMPOSITION = {"app", "app_memory"}
 """The only ones that know sources, deliveries and the API all at once; benchmarks may take one of them by itself."""
 PURE = {
     *("bitcoin", "chain", "header_tree", "packed_chain", "side_branches", "relay", "sync", "record", "ring", "tiers"),
-    *("events", "broadcaster", "frames", "durations", "addresses", "errors", "handover"),
+    *("events", "broadcaster", "frames", "durations", "addresses", "errors", "handover", "overheard", "reassembly"),
 }
 IMPURE = {"socket", "asyncio", "selectors", "select", "threading", "time", "logging", "structlog"}
 MAY_IMPORT_XDP = {"sources.capture", "deliveries.udp", "app", "doctor", "demo", "bench"}
