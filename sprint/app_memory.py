@@ -22,7 +22,7 @@ from sprint.api.server import ApiServer
 from sprint.bitcoin.networks import NETWORKS
 from sprint.broadcaster import Broadcaster
 from sprint.channels import EventChannel, SocketChannel
-from sprint.composition import facts_of, log_relayed, session_limit
+from sprint.composition import bypass_wanted, facts_of, log_relayed, session_limit
 from sprint.deliveries.shm import ShmDelivery
 from sprint.deliveries.stream import StreamDelivery
 from sprint.engines.memory import RelayLoop
@@ -38,6 +38,7 @@ from sprint.record import decode
 from sprint.relay import Relay
 from sprint.ring import Ring, RingReader, RingWriter, size_for
 from sprint.shared_memory import SharedMemory
+from sprint.sources.bypass import BypassSource
 from sprint.sources.p2p import P2PSource
 from sprint.sources.upstream import Upstream
 from sprint.status import PROCESSES, STEPS, StatusBlock
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from sprint.events import Block
     from sprint.header_file import HeaderFile
     from sprint.optimize import Step
+    from sprint.sources import Source
     from sprint.status import Delivery
 
 REALTIME_PRIORITY = 10
@@ -80,6 +82,8 @@ class MemorySprint:
         self._seen = RingReader(self._ring)
         self._relay_cpus, self._other_cpus = _cpus(config)
         self._channels: dict[str, Channel] = {}
+        self._control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if bypass_wanted(config) else None
+        """The relay's end and the bypass's."""
 
     def run(self) -> None:
         """Supervise until SIGINT or SIGTERM. Raises HostError when an address can't be bound."""
@@ -120,6 +124,8 @@ class MemorySprint:
     def _family(self, streams: list[socket.socket]) -> tuple[Child, ...]:
         """All children, in the order in which they are started."""
         family = [Child("relay", self._be_relay)]
+        if self._control is not None:
+            family.append(Child("bypass", self._be_bypass))
         for number, listener in enumerate(streams):
             family.append(self._worker(f"stream-{number}", self._be_stream_worker, number, listener))
         family.append(self._worker("shm", self._be_shm_worker, len(streams)))
@@ -168,7 +174,7 @@ class MemorySprint:
             ring=self._ring,
             ledger=Ledger(self._status),
             header_file=self._header_file,
-            sources=[source],
+            sources=[*self._bypass_source(), source],
             log=log,
         )
         turns.publish(unsaid)
@@ -216,7 +222,29 @@ class MemorySprint:
             if not step.applied and not known:
                 self._relay_log.warning("System optimisation refused", step=step.name, reason=step.detail)
 
+    def _bypass_source(self) -> list[Source]:
+        """The capture, if there is to be one: it is asked before the plain sockets."""
+        if self._control is None:
+            return []
+        # Only where it is wanted: it brings AF_XDP and the BPF loader with it.
+        from sprint.app_bypass import open_capture  # noqa: PLC0415
+
+        network, status = self._config.network, self._status
+        return [
+            BypassSource(
+                self._control[0],
+                lambda facts, descriptors: open_capture(facts, descriptors, network, status),
+                self._relay_log,
+            )
+        ]
+
     # The other processes.
+
+    def _be_bypass(self) -> None:
+        from sprint.app_bypass import BypassProcess  # noqa: PLC0415 - as above
+
+        assert self._control is not None
+        BypassProcess(self._config, self._status, self._control[1], self._log).run()
 
     def _be_stream_worker(self, channel: Channel, number: int, listener: socket.socket) -> None:
         config = self._config

@@ -28,6 +28,21 @@ OTHER_DESCRIPTORS = 128
 """Kept free for everything but stream sessions: files, upstreams, the API's connections."""
 
 
+NOT_YET = "not attached yet: plain sockets serve"
+LOADING = "being loaded: plain sockets serve"
+
+BYPASS_INACTIVE: dict[str, Any] = {
+    "requested": False,
+    "active": False,
+    "mode": None,
+    "interfaces": [],
+    "reason": None,
+    "ingest": dict.fromkeys(("packets", "announcements", "mirrored", "express", "dropped", "opaqueFlows"), 0),
+    "egress": dict.fromkeys(("subscribers", "sent", "dropped"), 0),
+}
+"""`kernelBypass` of /api/turbo-status, where there is none."""
+
+
 def announce(config: Config, log: Any) -> None:
     """The guide's start-up lines, and what is not as asked for."""
     for warning in config.warnings:
@@ -47,7 +62,7 @@ def announce(config: Config, log: Any) -> None:
             writeDeadline=format_duration(config.write_deadline_ns),
             blockBufferSize=config.ring_slots,
         )
-    if config.enable_kernel_bypass:
+    if config.enable_kernel_bypass and not (bypass_wanted(config) and config.use_shared_memory):
         log.warning("Kernel bypass requested but inactive", reason=bypass_reason(config))
 
 
@@ -69,13 +84,9 @@ def facts_of(config: Config, engine: str) -> dict[str, Any]:
         "writeDeadlineNs": config.write_deadline_ns,
         "blockBufferSize": config.ring_slots,
         "kernelBypass": {
+            **BYPASS_INACTIVE,
             "requested": config.enable_kernel_bypass,
-            "active": False,
-            "mode": None,
-            "interfaces": [],
             "reason": bypass_reason(config),
-            "ingest": dict.fromkeys(("packets", "announcements", "mirrored", "express", "dropped", "opaqueFlows"), 0),
-            "egress": dict.fromkeys(("subscribers", "sent", "dropped"), 0),
         },
         "binds": {"api": str(config.api_bind), "stream": str(config.stream_bind)},
         "bitcoinNodes": [str(address) for address in config.upstreams],
@@ -88,7 +99,14 @@ def bypass_reason(config: Config) -> str:
         return "ENABLE_KERNEL_BYPASS is false"
     if config.tier is not Tier.ENTERPRISE:
         return f"TIER is {config.tier.label}: the kernel bypass takes effect on enterprise only"
-    return f"version {__version__} has no kernel bypass: plain sockets serve"
+    if not config.use_shared_memory:
+        return "USE_SHARED_MEMORY is false: the kernel bypass needs the memory-optimised engine"
+    return NOT_YET
+
+
+def bypass_wanted(config: Config) -> bool:
+    """Whether the memory-optimised engine is to try for the kernel bypass."""
+    return config.enable_kernel_bypass and config.tier is Tier.ENTERPRISE
 
 
 def open_header_file(config: Config, chain: HeaderChain, log: Any) -> HeaderFile:

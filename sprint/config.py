@@ -26,6 +26,7 @@ from sprint.tiers import NS_PER_S, NS_PER_US, PROFILES, Tier, TierProfile
 ENV_FILE = ".env"
 MAX_ENV_FILE_SIZE = 65_536
 MAX_UPSTREAMS = 16
+CAPTURES = ("af_xdp", "ringbuf")
 MAX_WORKERS = 8
 """The status block has room for them, and a ninth core is better spent on another instance."""
 MIN_WRITE_DEADLINE_NS = 10 * NS_PER_US
@@ -98,6 +99,20 @@ def _path(value: Any) -> Path:
         raise ValueError("expected a folder's path; there is no home directory for ~") from None
 
 
+def _interface(value: Any) -> str:
+    name = str(value).strip()
+    if not re.fullmatch(r"[!-.0-9:-~]{1,15}", name, re.ASCII) or name in (".", "..", "lo"):
+        raise ValueError("expected an interface's name, and not lo")
+    return name
+
+
+def _capture(value: Any) -> tuple[str, ...]:
+    ways = tuple(part.strip().lower() for part in str(value).split(","))
+    if len(set(ways)) < len(ways) or not set(ways) <= set(CAPTURES):
+        raise ValueError(f"expected {' or '.join(CAPTURES)}, or both with a comma")
+    return ways
+
+
 def _workers(value: Any) -> int:
     text = str(value).strip()
     if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not 1 <= int(text) <= MAX_WORKERS:
@@ -154,6 +169,16 @@ class Settings(BaseModel):
     )
     enable_kernel_bypass: Annotated[bool, BeforeValidator(_switch)] = Field(
         False, description="Ask for the kernel bypass; it takes effect on enterprise only.", examples=["false"]
+    )
+    interface: Annotated[str, BeforeValidator(_interface)] | None = Field(
+        None,
+        description="The network interface whose packets the kernel bypass looks at; never lo.",
+        examples=["the one that leads to the first of BITCOIN_NODE"],
+    )
+    capture: Annotated[tuple[str, ...], BeforeValidator(_capture)] = Field(
+        ("af_xdp", "ringbuf"),
+        description="The ways out of the kernel that the bypass uses: af_xdp, ringbuf, or both.",
+        examples=["af_xdp,ringbuf"],
     )
     write_deadline: Annotated[int, BeforeValidator(_write_deadline)] | None = Field(
         None, description="How long one subscriber's write may take.", examples=[_per_tier("write_deadline")]
@@ -222,6 +247,8 @@ class Config:
     use_memory_channel: bool
     optimize_system: bool
     enable_kernel_bypass: bool
+    interface: str | None
+    capture: tuple[str, ...]
     write_deadline_ns: int
     """For the instance's own tier; lower tiers keep the guide's."""
     ring_slots: int
@@ -287,6 +314,8 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
         use_memory_channel=switch(settings.use_memory_channel),
         optimize_system=switch(settings.optimize_system),
         enable_kernel_bypass=settings.enable_kernel_bypass,
+        interface=settings.interface,
+        capture=settings.capture,
         write_deadline_ns=settings.write_deadline or profile.write_deadline_ns,
         ring_slots=settings.block_buffer_size or profile.ring_slots,
         network=network,

@@ -66,7 +66,7 @@ _HASH_ALLOWANCE = 4_096
 class _FlowState:
     """What is kept of one flow."""
 
-    __slots__ = ("charge", "gathered", "heard_ns", "here", "key", "next", "passed", "stray_bytes", "strays")
+    __slots__ = ("charge", "gathered", "heard_ns", "here", "key", "next", "passed", "reach", "stray_bytes", "strays")
 
     def __init__(self, key: Flow) -> None:
         self.key = key
@@ -74,6 +74,8 @@ class _FlowState:
         """While the flow is followed: the sequence number of the next segment in order."""
         self.next = 0
         """While the flow is followed: where the next message starts; before `here` if its header is half there."""
+        self.reach: int | None = None
+        """The end of the furthest segment so far. What comes from before it may be late or false: it isn't followed."""
         self.gathered: list[Gathered] = []
         self.strays: list[tuple[int, bytes]] = []
         """Segments that came out of order, or of a flow that isn't followed."""
@@ -83,6 +85,10 @@ class _FlowState:
         """What these two take up."""
         self.charge = 0
         self.heard_ns = 0
+
+    def is_ahead(self, sequence: int) -> bool:
+        """Whether nothing has been seen at or behind that place."""
+        return self.reach is None or (sequence - self.reach) & _MASK < _HALF
 
     def keep(self, segments: list[tuple[int, bytes]], sequence: int, data: bytes) -> None:
         """Put a segment to the strays or to those passed over."""
@@ -149,7 +155,8 @@ class Reassembler:
         flow.heard_ns = now_ns
         if bits & _SYN:
             self._let_go(flow)
-            flow.here = flow.next = sequence
+            if flow.is_ahead(sequence):
+                flow.here = flow.next = flow.reach = sequence
         if data:
             self._at_hand = (sequence, data)
             self._seen_ns = arrival_ns or now_ns
@@ -161,6 +168,8 @@ class Reassembler:
                 elif gathered.take(sequence, data):
                     self._grow(flow, gathered)
             self._place(flow, sequence, length, data)
+            if flow.is_ahead(sequence + length):
+                flow.reach = (sequence + length) & _MASK
         if bits & _FIN_OR_RST:
             flow.heard_ns = now_ns - FLOW_AGE_NS + CLOSED_AGE_NS
             self._flows.move_to_end(key, last=False)
@@ -212,6 +221,7 @@ class Reassembler:
         size = len(data)
         decoys = MAX_DECOYS + size // 256
         at, followed, borne_out = start or 0, start is not None, False
+        may_follow = followed or flow.is_ahead(sequence)
         while at < size and decoys:
             if not followed:
                 at = data.find(self._magic, at)
@@ -227,7 +237,7 @@ class Reassembler:
                 at = at + 1 if borne_out or not followed else 0
                 followed = False
                 decoys -= 1
-        if followed and (at >= length or size == length):
+        if followed and may_follow and (at >= length or size == length):
             flow.here, flow.next = (sequence + length) & _MASK, (sequence + at) & _MASK
             if borne_out:
                 flow.drop_passed()
@@ -252,6 +262,7 @@ class Reassembler:
             self._read(flow, sequence, len(data), data, None)
             flow.strays.append((sequence, data))
         self._at_hand = at_hand
+        flow.here = None
 
     def _look(self, flow: _FlowState, sequence: int, data: bytes, at: int) -> int:
         """Take what a message at `at` says, or begin to gather it; returns the offset of its end.

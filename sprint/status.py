@@ -33,6 +33,7 @@ REASONS: Final = 16
 DELIVERIES: Final = 16
 PROCESSES: Final = 20
 STEPS: Final = 8
+BYPASS_SIZE: Final = 2048
 TIERS: Final = 5
 HISTOGRAM_BUCKETS: Final = 192
 _HISTOGRAM_SHIFT: Final = 9
@@ -168,6 +169,12 @@ class Step(_Section):
     _fields_ = (("name", ctypes.c_char * 16), ("applied", u64), ("detail", ctypes.c_char * 160))
 
 
+class Bypass(_Section):
+    """What the kernel bypass says of itself, as JSON, written by the process that holds it; nothing: there is none."""
+
+    _fields_ = (("version", u64), ("length", u64), ("text", u8 * BYPASS_SIZE))
+
+
 class Layout(_Section):
     """The whole block."""
 
@@ -185,6 +192,7 @@ class Layout(_Section):
         ("deliveries", Delivery * DELIVERIES),
         ("processes", Process * PROCESSES),
         ("steps", Step * STEPS),
+        ("bypass", Bypass),
     )
 
 
@@ -234,6 +242,24 @@ class StatusBlock:
             raise ValueError(f"facts of {len(encoded)} bytes: at most {FACTS_SIZE} fit")
         ctypes.memmove(self.layout.facts, encoded, len(encoded))
         self.layout.facts_length = len(encoded)
+
+    @property
+    def bypass(self) -> dict[str, Any] | None:
+        """What the kernel bypass says of itself; None: there is none, or it has said nothing yet."""
+        row = consistent(self.layout.bypass)
+        if not row.length or row.version & 1:
+            return None
+        said: dict[str, Any] = json.loads(bytes(row.text[: row.length]))
+        return said
+
+    @bypass.setter
+    def bypass(self, said: dict[str, Any]) -> None:
+        encoded = json.dumps(said, separators=(",", ":")).encode()
+        if len(encoded) > BYPASS_SIZE:
+            raise ValueError(f"{len(encoded)} bytes of the bypass: at most {BYPASS_SIZE} fit")
+        with writing(self.layout.bypass):
+            ctypes.memmove(self.layout.bypass.text, encoded, len(encoded))
+            self.layout.bypass.length = len(encoded)
 
     @property
     def relay(self) -> Relay:
@@ -292,7 +318,7 @@ def _row_name(name: str) -> bytes:
 
 
 @contextmanager
-def writing(row: Peer | BlockRow) -> Iterator[None]:
+def writing(row: Peer | BlockRow | Bypass) -> Iterator[None]:
     """Mark a row as being written, so that readers wait or look again."""
     row.version |= 1
     try:

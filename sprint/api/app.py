@@ -52,7 +52,8 @@ def create_app(status: StatusBlock) -> Flask:
     app.url_map.merge_slashes = False
 
     def tier_status() -> ResponseReturnValue:
-        return turbo_status(status.facts)
+        facts, bypass = status.facts, status.bypass
+        return turbo_status(facts if bypass is None else {**facts, "kernelBypass": bypass})
 
     def health() -> ResponseReturnValue:
         answer = views.health(status, time.monotonic_ns(), time.time_ns())

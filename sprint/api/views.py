@@ -28,7 +28,7 @@ ANNOUNCEMENTS = {int(announcement): announcement.name.lower() for announcement i
 def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, Any]:
     """How this instance fares: `status` is "ok", or "unhealthy" with one line for each of its `problems`."""
     facts, relay, peers = status.facts, status.relay, status.peers()
-    connected = sum(1 for peer in peers if peer.connected)
+    connected = sum(1 for peer in peers if peer.connected and peer.source != Source.CAPTURE)
     heartbeat_ns = int(relay.heartbeat_ns)
     age_ns = max(0, monotonic_ns - heartbeat_ns)
     problems = []

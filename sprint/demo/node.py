@@ -7,6 +7,7 @@ takes nothing from others: a demo's blocks are its own.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import signal
 import time
@@ -25,11 +26,14 @@ from sprint.bitcoin.messages import (
 )
 from sprint.bitcoin.networks import NETWORKS
 from sprint.bitcoin.peer_events import DataRequested, HeadersRequested
+from sprint.demo.wire import connect_far_end, enter_namespace
 from sprint.errors import LocalProtocolError, RemoteProtocolError
 from sprint.regtest import MinedBlock, RegtestChain
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
+
+    from sprint.demo.wire import Wire
 
 TICK_S = 1.0
 
@@ -142,19 +146,27 @@ class Node:
             peer.tick()
 
 
-def run_node(pipe: Pipe, initial_blocks: int) -> None:
-    """A node in a process of its own: sends its port, then answers each number n with the n hashes it mined.
+def run_node(pipe: Pipe, initial_blocks: int, wire: Wire | None = None) -> None:
+    """A node in a process of its own: sends its address, then answers each number n with the n hashes it mined.
 
-    Ends when the other end of the pipe is closed.
+    With a wire it sits in a network namespace behind that, and first sends word that it can be laid. Ends when the
+    other end of the pipe is closed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the demo's first process
-    asyncio.run(_run(pipe, initial_blocks))
+    host = "127.0.0.1"
+    if wire is not None:
+        enter_namespace()
+        pipe.send(os.getpid())
+        pipe.recv()
+        connect_far_end(wire)
+        host = wire.far_address
+    asyncio.run(_run(pipe, initial_blocks, host))
 
 
-async def _run(pipe: Pipe, initial_blocks: int) -> None:
+async def _run(pipe: Pipe, initial_blocks: int, host: str) -> None:
     node = Node()
     node.mine(initial_blocks)
-    pipe.send(await node.listen("127.0.0.1"))
+    pipe.send((host, await node.listen(host)))
     ended = asyncio.Event()
 
     def obey() -> None:

@@ -22,9 +22,11 @@ from rich.live import Live
 from rich.progress import Progress
 from rich.table import Table
 
+from sprint.composition import LOADING, NOT_YET
 from sprint.demo.node import run_node
 from sprint.demo.relay_process import START_TIMEOUT_S, RelayProcess
 from sprint.demo.subscriber import Delivered, Ready, Received, run_shared_subscriber, run_subscriber
+from sprint.demo.wire import lay, wire_for
 from sprint.errors import HostError
 from sprint.record import state_names
 
@@ -37,6 +39,7 @@ INITIAL_BLOCKS = 12
 """More than the eleven of a median time."""
 SETTLE_TIMEOUT_S = 15.0
 SHOWN_BLOCKS = 12
+BYPASS_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +85,18 @@ class Stage:
         context = multiprocessing.get_context("spawn")
         self._node, theirs = context.Pipe()
         stack.callback(self._node.close)
-        self._start(context, run_node, (theirs, INITIAL_BLOCKS), theirs)
-        port = self._node.recv()
+        self._wire = wire_for(os.getpid()) if _wants_bypass() else None
+        self._start(context, run_node, (theirs, INITIAL_BLOCKS, self._wire), theirs)
+        if self._wire is not None:
+            lay(self._wire, self._node.recv())
+            self._node.send(None)
+        host, port = self._node.recv()
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sprint-demo-"))
-        self.relay = RelayProcess(self._settings(port, folder))
+        self.relay = RelayProcess(self._settings(f"{host}:{port}", folder))
         stack.callback(self.relay.stop)
         self.api, self.stream = self.relay.wait_until_healthy()
+        if self._wire is not None:
+            self._await_bypass()
         self._subscribers: list[Pipe] = []
         for number in range(plan.subscribers):
             ours, theirs = context.Pipe()
@@ -136,13 +145,15 @@ class Stage:
         """How many deliveries there must be by now."""
         return len(self.score.mined) * len(self._subscribers)
 
-    def _settings(self, port: int, folder: str) -> dict[str, str]:
+    def _settings(self, node: str, folder: str) -> dict[str, str]:
         settings = {
             "TIER": os.environ.get("TIER") or "turbo",
             "NETWORK": "regtest",
-            "BITCOIN_NODE": f"127.0.0.1:{port}",
+            "BITCOIN_NODE": node,
             "DATA_DIR": folder,
         }
+        if self._wire is not None:
+            settings |= {"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": self._wire.near}
         if self._plan.once:
             return {**settings, "API_BIND": "127.0.0.1:0", "STREAM_BIND": "127.0.0.1:0"}
         return settings
@@ -151,6 +162,15 @@ class Stage:
     def _start(context: Any, target: Any, arguments: tuple[Any, ...], theirs: Pipe, **keywords: Any) -> None:
         context.Process(target=target, args=arguments, kwargs=keywords, daemon=True).start()
         theirs.close()
+
+    def _await_bypass(self) -> None:
+        """Until the bypass is proven, or has said why it isn't; the demo goes on either way."""
+        deadline = time.monotonic() + BYPASS_TIMEOUT_S
+        while time.monotonic() < deadline:
+            bypass = self.relay.ask("turbo-status")["kernelBypass"]
+            if bypass["active"] or bypass["reason"] not in {NOT_YET, LOADING}:
+                return
+            time.sleep(0.05)
 
     def _await_ready(self) -> None:
         waiting = list(self._subscribers)
@@ -175,6 +195,12 @@ class Stage:
             self.score.records.append(report.record)
         elif isinstance(report, Ready):
             self.score.tiers[report.tier] = report.write_deadline
+
+
+def _wants_bypass() -> bool:
+    """As root the demo shows enterprise with the kernel bypass, unless the environment says otherwise."""
+    tier, switch = os.environ.get("TIER") or "enterprise", os.environ.get("ENABLE_KERNEL_BYPASS") or "true"
+    return os.geteuid() == 0 and tier == "enterprise" and switch == "true"
 
 
 def perform(plan: Plan) -> int:

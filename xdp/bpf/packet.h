@@ -18,7 +18,7 @@
 /* For the verifier. It wants the bounds of a size compared right before its use, in 64 bits: FORGET keeps the compiler
  * from dropping a comparison whose outcome it can prove itself. And it follows a value that is used as a size through
  * every way it may have come, unless it came from memory: UNKNOWN has the compiler read a field from there once more.
- * Without that, a segment of eight messages is more than it takes; with it, sixty-four are a quarter of that. */
+ * Without that, sixteen messages a segment are more than it takes; with it, sixty-four cost a quarter of its limit. */
 #define FORGET(size) asm volatile("" : "+r"(size))
 #define UNKNOWN(field) (*(volatile typeof(field) *)&(field))
 

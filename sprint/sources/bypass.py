@@ -1,0 +1,120 @@
+"""Source bypass: the capture as the relay has it, from the moment it is proven and for as long as it lasts.
+
+The process that holds the programs hands descriptors over a Unix socket: at once to a relay that asks, and again
+whenever the interface has come back. Until then, and in between, this source says nothing, and the plain sockets serve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sprint.events import Want
+    from sprint.sources import Heard
+    from sprint.sources.capture import CaptureSource
+
+ASK = b"?"
+MAX_MESSAGE = 4096
+MAX_DESCRIPTORS = 8
+LOOK_NS = 100_000_000
+"""How often a polling loop looks whether something new was handed over: it costs a system call."""
+
+
+class BypassSource:
+    """A capture source that comes and goes."""
+
+    def __init__(
+        self, control: socket.socket, open_capture: Callable[[dict[str, Any], list[int]], CaptureSource], log: Any
+    ) -> None:
+        """`open_capture` makes a capture of what was handed over: facts and descriptors, which are its own then."""
+        control.setblocking(False)
+        self._control = control
+        self._open_capture = open_capture
+        self._log = log
+        self._capture: CaptureSource | None = None
+        self._captured = -1
+        self._look_ns = 0
+        self._epoll = select.epoll()
+        self._epoll.register(control.fileno(), select.EPOLLIN)
+        with suppress(OSError):
+            control.send(ASK)
+
+    def fileno(self) -> int:
+        """Readable when the capture has something, or something is handed over."""
+        return self._epoll.fileno()
+
+    def poll(self, now_ns: int) -> list[Heard]:
+        """What the capture hears."""
+        heard = [] if self._capture is None else self._capture.poll(now_ns)
+        if not heard and now_ns >= self._look_ns:
+            self._look_ns = now_ns + LOOK_NS
+            self._take_over()
+        return heard
+
+    def deadline(self) -> int | None:
+        """The capture's."""
+        return None if self._capture is None else self._capture.deadline()
+
+    def want(self, want: Want, now_ns: int) -> None:
+        """A capture can't ask anybody."""
+
+    def account(self) -> None:
+        """Bring the capture's rows of the status up to date."""
+        self._look_ns = 0
+        if self._capture is not None:
+            self._capture.account()
+
+    def close(self) -> None:
+        """Let go of the capture."""
+        self._drop()
+        self._epoll.close()
+
+    def _take_over(self) -> None:
+        """The newest of what was handed over; older ones are closed unseen."""
+        newest: tuple[dict[str, Any], list[int]] | None = None
+        while True:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, MAX_DESCRIPTORS)
+            except BlockingIOError:
+                break
+            except OSError:
+                return
+            if not message:
+                break
+            if newest is not None:
+                _close(newest[1])
+            newest = (json.loads(message), descriptors)
+        if newest is None:
+            return
+        self._drop()
+        facts, descriptors = newest
+        if not facts:
+            return  # the bypass has ended
+        try:
+            self._capture = self._open_capture(facts, descriptors)
+        except OSError as error:
+            self._log.warning("Capture can't be opened", reason=str(error))
+            _close(descriptors)
+            return
+        self._captured = self._capture.fileno()
+        self._epoll.register(self._captured, select.EPOLLIN)
+        self._log.info("Capture at work", interface=facts.get("interface"), mode=facts.get("mode"))
+
+    def _drop(self) -> None:
+        if self._capture is not None:
+            with suppress(OSError):
+                self._epoll.unregister(self._captured)
+            self._capture.close()
+            self._capture = None
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,233 @@
+"""The relay's half of the capture: segments out of the BPF ring buffer and out of the mirror's AF_XDP socket.
+
+The programs are attached by another process (see attachment), which hands over descriptors of maps, and facts. Ours
+are what ends with us: the AF_XDP socket and the mappings. So this process may be killed at any time, and a successor
+makes a Capture from the same handover; one at a time, since both ways out have exactly one reader.
+
+Rules: payloads are valid until the next poll(), which gives their memory back to the kernel. fileno() stays readable
+until then, so a reader that blocks looks once more after each batch. What can't be parsed is counted. A ring whose
+indices contradict each other is given up and counted; the other goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import struct
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, final
+
+from xdp import kernel
+from xdp.frames import FLAGS, parse_frame
+from xdp.loader import COMMON
+from xdp.ringbuf import RingBuffer
+from xdp.rings import RingCorruptError
+from xdp.segments import Backend, Flow, Segment
+from xdp.xsk import Xsk
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+BATCH = 64
+"""Segments of one poll and backend: bounds the time until the caller sees the first."""
+_ENTRY = COMMON.layouts["express_entry"]
+_STAMP = COMMON.layouts["mirror_stamp"]
+_COUNTERS = COMMON.layouts["counters"]
+_MARK = COMMON.constants["MARK"]
+_QUEUE = 0
+"""All queues of the interface come together in the mirror's only one."""
+_MEMBERS = {
+    "express_entry": "arrival_ns flow.source flow.destination flow.source_port flow.destination_port sequence length "
+    "captured skipped flags reasons zero",
+    "mirror_stamp": "arrival_ns skipped mark",
+}
+for _name, _members in _MEMBERS.items():
+    if [member.name for member in COMMON.layouts[_name].members] != _members.split():
+        raise ImportError(f"common.h: struct {_name} isn't what capture unpacks: {_members}")
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What a Capture needs of an Attachment: plain values, and descriptors of maps, which are the attachment's.
+
+    Valid as it is in a forked child; another process is sent fds() by SCM_RIGHTS and uses with_fds().
+    """
+
+    interface: str
+    mode: str
+    backends: frozenset[Backend]
+    express_fd: int
+    xsks_fd: int
+    counters_fd: int
+    mirror_index: int
+    """Of the mirror's far end; 0 without AF_XDP."""
+    baseline: Mapping[str, int] = field(default_factory=dict)
+    """Raw counters when the attachment was proven: counted from there."""
+
+    def fds(self) -> list[int]:
+        """To be sent, in this order."""
+        return [self.express_fd, self.xsks_fd, self.counters_fd]
+
+    def with_fds(self, fds: Sequence[int]) -> Handover:
+        """The same, with the numbers that the descriptors have in this process."""
+        express, xsks, counters = fds
+        return replace(self, express_fd=express, xsks_fd=xsks, counters_fd=counters)
+
+
+def raw_counters(counters_fd: int) -> dict[str, int]:
+    """struct counters, all CPUs together. Raises OSError."""
+    cpus = kernel.possible_cpus()
+    raw = kernel.map_lookup(counters_fd, bytes(4), _COUNTERS.size * cpus) or bytes(_COUNTERS.size * cpus)
+    each = [_COUNTERS.packing.unpack_from(raw, cpu * _COUNTERS.size) for cpu in range(cpus)]
+    return {member.name: sum(column) for member, column in zip(_COUNTERS.members, zip(*each, strict=True), strict=True)}
+
+
+def ingest_counters(counters_fd: int, baseline: Mapping[str, int]) -> dict[str, int]:
+    """What was counted since the baseline, under the names that the API has."""
+    # Opaque flows are counted down too, on another CPU than up: differences are modulo 2**64 and may be negative.
+    since = {name: (value - baseline.get(name, 0)) % (1 << 64) for name, value in raw_counters(counters_fd).items()}
+    counted = {name: value if value < 1 << 63 else 0 for name, value in since.items()}
+    return {
+        "packets": counted["packets"],
+        "announcements": counted["announcements"],
+        "captured": counted["captured"],
+        "surplus": counted["surplus"],
+        "mirrored": counted["redirected"],
+        "mirrorLost": counted["uncloned"] + counted["unredirected"],
+        "unmarked": counted["unmarked"],
+        "express": counted["express"],
+        "dropped": counted["dropped"],
+        "opaqueFlows": counted["opaque_flows"],
+    }
+
+
+@final
+class Capture:
+    """Both ways out of the kernel, as one source of segments; a context manager."""
+
+    def __init__(self, handover: Handover) -> None:
+        """Bind to the mirror's far end in the calling thread's namespace, and map the ring buffer.
+
+        Raises OSError, its message naming the step (EBUSY: another process still holds the socket's place).
+        """
+        self._handover = handover
+        self._ring: RingBuffer | None = None
+        self._xsk: Xsk | None = None
+        self._payloads: list[memoryview | bytes] = []
+        self._unparsed = self._given_up = 0
+        self._epoll = select.epoll()
+        try:
+            if Backend.RINGBUF in handover.backends:
+                self._ring = RingBuffer.open(handover.express_fd)
+                self._epoll.register(self._ring.fileno(), select.EPOLLIN)
+            if Backend.AF_XDP in handover.backends:
+                self._xsk = Xsk(handover.mirror_index, _QUEUE, metadata_bytes=_STAMP.size)
+                # The kernel takes it out of the map again when the socket ends, however it ends.
+                kernel.map_update(handover.xsks_fd, struct.pack("=I", _QUEUE), struct.pack("=I", self._xsk.fileno()))
+                self._epoll.register(self._xsk.fileno(), select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """Readable when poll() has something, or has memory to give back; the same as long as the capture lives."""
+        return self._epoll.fileno()
+
+    def poll(self) -> list[Segment]:
+        """What came since the last call, the ring buffer's first, at most BATCH of each; no system call if nothing.
+
+        Ends the validity of the payloads handed out before.
+        """
+        self._release_payloads()
+        segments: list[Segment] = []
+        if self._ring is not None:
+            try:
+                self._ring.release()
+                segments += [_express(record) for record in self._ring.poll(BATCH)]
+            except RingCorruptError:
+                self._give_up(self._ring)
+                self._ring = None
+        if self._xsk is not None:
+            try:
+                self._xsk.release()
+                for frame in self._xsk.peek(BATCH):
+                    segment = _mirrored(frame)
+                    if segment is None:
+                        self._unparsed += 1
+                    else:
+                        segments.append(segment)
+            except RingCorruptError:
+                self._give_up(self._xsk)
+                self._xsk = None
+        self._payloads = [segment.payload for segment in segments]
+        return segments
+
+    def _release_payloads(self) -> None:
+        """So that a stale one can't be read as somebody else's bytes, nor hold a mapping."""
+        for payload in self._payloads:
+            if isinstance(payload, memoryview):
+                payload.release()
+        self._payloads = []
+
+    def _give_up(self, backend: RingBuffer | Xsk) -> None:
+        self._given_up += 1
+        self._epoll.unregister(backend.fileno())
+        backend.close()
+
+    def counters(self) -> dict[str, int]:
+        """The programs' (as Attachment.counters()), and losses on our side of the kernel."""
+        counted = ingest_counters(self._handover.counters_fd, self._handover.baseline)
+        counted |= {"unparsed": self._unparsed, "givenUp": self._given_up, "socketDropped": 0}
+        if self._xsk is not None:
+            statistics = self._xsk.statistics()
+            counted["socketDropped"] = statistics.rx_dropped + statistics.rx_ring_full
+        return counted
+
+    def close(self) -> None:
+        """Unmap and close what is ours; the handover's descriptors stay open. Harmless if repeated."""
+        self._release_payloads()
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        if self._xsk is not None:
+            self._xsk.close()
+            self._xsk = None
+        self._epoll.close()
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def close_handover(handover: Handover) -> None:
+    """Close the descriptors that were received by SCM_RIGHTS."""
+    for fd in handover.fds():
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _express(record: memoryview) -> Segment:
+    arrival, source, destination, source_port, destination_port, sequence, length, captured, _, flags, _, _ = (
+        _ENTRY.packing.unpack_from(record)
+    )
+    return Segment(
+        Backend.RINGBUF,
+        arrival,
+        Flow(source, destination, source_port, destination_port),
+        sequence & 0xFFFFFFFF,
+        FLAGS[flags],
+        length,
+        record[_ENTRY.size : _ENTRY.size + captured],
+    )
+
+
+def _mirrored(frame: memoryview) -> Segment | None:
+    arrival, skipped, mark = _STAMP.packing.unpack_from(frame)
+    # Without the mark the program had no room to write, and what lies there is of an older frame.
+    return parse_frame(frame[_STAMP.size :], arrival, skipped) if mark == _MARK else parse_frame(frame[_STAMP.size :])
