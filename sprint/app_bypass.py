@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from sprint.config import Config
     from sprint.status import StatusBlock
 
-TICK_S = 1.0
+TICK_S = 0.25
+"""How old the counters in the status may be."""
 BACKENDS = {"af_xdp": Backend.AF_XDP, "ringbuf": Backend.RINGBUF}
 
 

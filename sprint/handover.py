@@ -30,6 +30,8 @@ class Handover:
     """What the best chain took in and no record tells of, lowest first; who was first with it is forgotten."""
     reorg: Reorg | None
     """What lost by what was said, and no record calls stale. If anything is unsaid, the last of that carries it."""
+    pretenders: tuple[bytes, ...]
+    """Told as best, but the end of their branch wasn't, so that it isn't best for us: the next best tip decides."""
 
 
 def take_over(chain: HeaderChain, records: Sequence[Record], height: int, now_ns: int) -> Handover:
@@ -51,18 +53,21 @@ def take_over(chain: HeaderChain, records: Sequence[Record], height: int, now_ns
         if record.state & State.BEST and (record.event is Event.PROVEN or record.hash not in told):
             told.pop(record.hash, None)
             told[record.hash] = None
-    for block_hash in told:
-        if block_hash == chain.tip_hash:
-            break  # what was told after it is the beginning of a branch whose end wasn't, and which may still win
+    # Whatever was told before our tip has lost to it, if it is best no more; a tip that stood in the file, and of
+    # which no record tells, is older than all of them.
+    order = list(told)
+    newer = order.index(chain.tip_hash) if chain.tip_hash in told else 0 if chain.tip_height <= height else len(order)
+    for block_hash in order[:newer]:
         lost += _undone(chain, block_hash)
     lost = [block_hash for block_hash in lost if not states.get(block_hash, State(0)) & State.STALE]
-    above = range(_last_told(chain, list(told), height) + 1, chain.tip_height + 1)
+    above = range(_last_told(chain, order, height) + 1, chain.tip_height + 1)
     missing = [block_hash for block_hash in map(chain.hash_at, above) if block_hash not in states]
     reorg = _reorg(chain, lost)
     return Handover(
         bytes(headers),
         tuple(_accepted(chain, block_hash, reorg, now_ns) for block_hash in missing),
         None if missing else reorg,
+        tuple(one for one in order[newer:] if not chain.is_best(one) and not states[one] & State.STALE),
     )
 
 

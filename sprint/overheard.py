@@ -133,10 +133,10 @@ class Gathered:
         return True
 
     def take(self, sequence: int, data: bytes) -> bool:
-        """Append what a segment adds that doesn't disagree; False: nothing."""
+        """Append what a segment adds that doesn't contradict, which is to be asked before; False: nothing."""
         held = len(self.data)
         offset = (self.start + held - sequence) & _MASK
-        if offset >= len(data) or self.contradicts(sequence, data):
+        if offset >= len(data):
             return False
         self.data += data[offset : offset + self.need - held]
         return True

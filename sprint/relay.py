@@ -86,6 +86,8 @@ class Relay:
         self._claims: OrderedDict[bytes, Sighting] = OrderedDict()
         self._held: OrderedDict[bytes, tuple[Sighting, int, int]] = OrderedDict()
         """hash → sighting, when it is given up, when it is worth another try by itself (0: with its parent only)."""
+        self._pretenders: tuple[bytes, ...] = ()
+        """Told as best by the relay before us, and not best here: stale unless the next best tip builds on them."""
         self._journal: list[Decision] = []
         self._refused_runs: Counter[Reject] = Counter()
         self._unsaved = bytearray()
@@ -122,9 +124,7 @@ class Relay:
         """Sightings that wait for their parent or their time."""
         return len(self._held)
 
-    def resume(
-        self, records: Sequence[Record], now_ns: int, wall_ns: int, *, caught_up: bool, height: int
-    ) -> Sequence[Block]:
+    def resume(self, records: list[Record], now_ns: int, wall_ns: int, *, caught_up: bool, height: int) -> list[Block]:
         """Take up where a relay that died has left off, by the records of its ring, oldest first.
 
         What stands there won't be published again. `caught_up` and `height` are its last word on its chain. Returns
@@ -132,15 +132,13 @@ class Relay:
         """
         chain = self.chain
         left = take_over(chain, records, height, now_ns)
-        self._unsaved += left.headers
-        states = {record.hash: record.state for record in records}
-        for record in records:
-            if record.hash not in self._known:
-                state = states[record.hash] & ~State.BEST | (State.BEST if chain.is_best(record.hash) else State(0))
-                self._remember(_Known(
-                    record.hash, record.header, record.height, record.next_bits, record.median_time_past, state,
-                    record.source, "", record.transactions, record.size, record.seen_ns,
-                ))  # fmt: skip
+        self._unsaved, self._pretenders = self._unsaved + left.headers, left.pretenders
+        for record in {record.hash: record for record in records}.values():  # of each block the newest
+            state = record.state & ~State.BEST | (State.BEST if chain.is_best(record.hash) else State(0))
+            self._remember(_Known(
+                record.hash, record.header, record.height, record.next_bits, record.median_time_past, state,
+                record.source, "", record.transactions, record.size, record.seen_ns,
+            ))  # fmt: skip
         # With less than that relay had, as after a full disk, the rest comes in silence: it may be the whole chain.
         self.sync.caught_up = caught_up and chain.tip_height >= height
         blocks: list[Block] = []
@@ -330,7 +328,11 @@ class Relay:
         )  # fmt: skip
         self._remember(known)
         block = self._block(Event.PROVEN, known, wall_ns, reorg.fork_height if reorg else 0)
-        return known, [block, *self._losers(reorg, wall_ns)]
+        blocks = [block, *self._losers(reorg, wall_ns)]
+        if self._pretenders and accepted.best:
+            lost, self._pretenders = [one for one in self._pretenders if not chain.is_best(one)], ()
+            blocks += self._losers(Reorg(0, tuple(lost), ()), wall_ns)
+        return known, blocks
 
     def _losers(self, reorg: Reorg | None, wall_ns: int) -> list[Block]:
         """STALE for all that a reorganisation undid, from the top down; what it connected is best from now on."""

@@ -2,8 +2,8 @@
 
 Rungs are native XDP, generic XDP, and classification in tc alone. Each is tried with a self-test packet before it is
 called active: a live frame (BPF_PROG_TEST_RUN, Linux 5.18) that enters the interface's own receive path and has to come
-out of a Capture, by every backend. It has documentation addresses (RFC 5737), somebody else's MAC address, TTL 1 and
-wrong checksums: nothing forwards it, and no TCP socket gets it.
+out of a Capture, by every backend. It has documentation addresses (RFC 5737), a multicast MAC address, TTL 1 and wrong
+checksums: nothing forwards it, and no TCP socket gets it.
 
 Programs are attached by bpf_links, which end with the last copy of their descriptor: SIGKILL leaves none. The mirror's
 veth pair, and before Linux 6.6 a clsact filter, can outlive us: links.clean() knows them. Somebody else's XDP program
@@ -110,8 +110,8 @@ def attach(
 ) -> Attachment:
     """Attach to an interface of the calling thread's network namespace, on the first of `modes` that is proven.
 
-    `loaded` stays the caller's, and open at least as long. One attachment at a time: they would share its maps. Takes
-    up to SELF_TEST_S a rung. Raises AttachError.
+    `loaded` stays the caller's, and open at least as long. One attachment of it at a time, and no Capture meanwhile:
+    the self-test reads its ring buffer, which has one reader. Takes up to SELF_TEST_S a rung. Raises AttachError.
     """
     if not backends or not modes:
         raise ValueError(f"backends={backends!r}, modes={modes!r}: at least one of each is expected")
@@ -224,7 +224,7 @@ def _send(program_fd: int, packet: bytes, context: bytes) -> None:
     for _ in range(_MAX_INTERRUPTIONS):
         try:
             kernel.run_program(program_fd, packet, context=context, flags=kernel.LIVE_FRAMES, batch=1)
-        except InterruptedError:  # noqa: PERF203 - by a signal, before the only frame
+        except InterruptedError:  # by a signal, before the only frame
             continue
         except OSError as error:
             raise OSError(error.errno, f"self-test (live frames, Linux 5.18): {error.strerror}") from None
@@ -238,8 +238,8 @@ def self_test_packet(magic: bytes, port: int, token: bytes) -> bytes:
     tcp = struct.pack("!HHIIBBHHH", port, port, int.from_bytes(token[:4], "big"), 0, 0x50, 0x10, 0, 0, 0)
     # Checksums zero, which is wrong; TTL 1.
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp) + len(payload), 0, 0, 1, 6, 0) + _SOURCE + _DESTINATION
-    # Locally administered addresses, so that to the interface's owner it is somebody else's.
-    ethernet = bytes.fromhex("025350520002025350520001") + b"\x08\x00"
+    # To the address of LLDP (IEEE 802.1AB), which is nobody's own, and which no bridge forwards.
+    ethernet = bytes.fromhex("0180c200000e025350520001") + b"\x08\x00"
     return ethernet + ip + tcp + payload
 
 

@@ -229,5 +229,5 @@ def _express(record: memoryview) -> Segment:
 
 def _mirrored(frame: memoryview) -> Segment | None:
     arrival, skipped, mark = _STAMP.packing.unpack_from(frame)
-    # Without the mark the program had no room to write, and what lies there is of an older frame.
+    # Without the mark the program had no room for a stamp.
     return parse_frame(frame[_STAMP.size :], arrival, skipped) if mark == _MARK else parse_frame(frame[_STAMP.size :])

@@ -40,6 +40,7 @@ INITIAL_BLOCKS = 12
 SETTLE_TIMEOUT_S = 15.0
 SHOWN_BLOCKS = 12
 BYPASS_TIMEOUT_S = 20.0
+COUNTERS_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,21 @@ class Stage:
     def summary(self) -> dict[str, Any]:
         """The contract's summary."""
         status = self.relay.ask("turbo-status")
+        deadline = time.monotonic() + COUNTERS_TIMEOUT_S
+        while status["kernelBypass"]["active"] and time.monotonic() < deadline:
+            # Its counters reach the status a few times a second.
+            status = self.relay.ask("turbo-status")
+            if status["kernelBypass"]["ingest"]["announcements"] >= len(self.score.mined):
+                break
+            time.sleep(0.05)
+        blocks = self.relay.ask("blocks?limit=64")["blocks"]
         return {
             "tier": status["tier"],
             "blocks": len(self.score.mined),
             "subscribers": len(self._subscribers),
             "delivered": self.score.delivered,
             "latency_us": self.score.latency_us(),
+            "captured_first": sum(block["source"] == "capture" for block in blocks),
             "kernelBypass": status["kernelBypass"],
         }
 

@@ -81,18 +81,19 @@ class RelayLoop:
         with selectors.DefaultSelector() as selector:
             selector.register(waking, selectors.EVENT_READ)
             for source in turns.sources:
-                selector.register(source.fileno(), selectors.EVENT_READ, source)
+                selector.register(source.fileno(), selectors.EVENT_READ)
             due_ns = 0
             while not self._stopping:
                 wait_s = max(0, due_ns - time.monotonic_ns()) / NS_PER_S
                 ready = selector.select(wait_s)
                 now_ns = time.monotonic_ns()
-                for key, _ in ready:
-                    if key.data is None:
-                        with suppress(BlockingIOError):
-                            waking.recv(64)
-                    else:
-                        turns.hear(key.data, now_ns)
+                speaking = {key.fd for key, _ in ready}
+                for source in turns.sources:  # in their order: the capture is heard before the plain sockets
+                    if source.fileno() in speaking:
+                        turns.hear(source, now_ns)
+                if waking.fileno() in speaking:
+                    with suppress(BlockingIOError):
+                        waking.recv(64)
                 if now_ns >= due_ns:
                     self._on_time(now_ns)
                 turns.settle(now_ns)

@@ -209,7 +209,15 @@ def test_the_demo_delivers_every_block_to_every_subscriber_and_leaves_nothing_be
     )
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout)
-    assert set(summary) == {"tier", "blocks", "subscribers", "delivered", "latency_us", "kernelBypass"}
+    assert set(summary) == {
+        "tier",
+        "blocks",
+        "subscribers",
+        "delivered",
+        "latency_us",
+        "captured_first",
+        "kernelBypass",
+    }
     assert summary["blocks"] == 4
     assert summary["subscribers"] >= 3  # of the stream; the top tiers' shared memory has a reader besides
     assert summary["delivered"] == summary["blocks"] * summary["subscribers"]

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bench", "demo", "doctor", "watch"),
     ("app",),
     ("app_memory",),
+    ("app_bypass",),
     ("composition",),
     ("api", "client", "deliveries", "engines", "sources"),
     ("broadcaster", "ledger", "reassembly", "shared_reader"),
@@ -37,14 +38,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("",),  # sprint itself: the version
 )
-COMPOSITION = {"app", "app_memory"}
+COMPOSITION = {"app", "app_memory", "app_bypass"}
 """The only ones that know sources, deliveries and the API all at once; benchmarks may take one of them by itself."""
 PURE = {
     *("bitcoin", "chain", "header_tree", "packed_chain", "side_branches", "relay", "sync", "record", "ring", "tiers"),
     *("events", "broadcaster", "frames", "durations", "addresses", "errors", "handover", "overheard", "reassembly"),
 }
 IMPURE = {"socket", "asyncio", "selectors", "select", "threading", "time", "logging", "structlog"}
-MAY_IMPORT_XDP = {"sources.capture", "deliveries.udp", "app", "doctor", "demo", "bench"}
+MAY_IMPORT_XDP = {"sources.capture", "deliveries.udp", "app", "app_bypass", "doctor", "demo", "bench"}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:

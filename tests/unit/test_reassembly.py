@@ -394,6 +394,37 @@ def test_a_forged_body_hides_nothing_that_begins_a_segment_and_nothing_behind_it
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_was_passed_over_on_a_forged_lengths_word_is_told_once_that_is_contradicted(kind: Announcement) -> None:
+    """The real segment for the forged one's bytes is late: the next one continues the lie, by its very place."""
+    first, second = frame("tx", bytes(60)), bytes(20) + announcement(BLOCK, kind)
+    into = reassembler()
+    assert hear([segment(1_000, b"", flags=TcpFlags.SYN)], into) == []
+    assert hear([segment(1_000, forged("tx", bytes(60), 3_000))], into) == []
+    assert hear([segment(1_084, second)], into) == []
+    assert told(hear([segment(1_000, first)], into)) == [(kind, BLOCK.hash)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_no_message_starts_as_a_forged_length_says_all_of_the_segment_is_read(kind: Announcement) -> None:
+    real = bytes(10) + announcement(BLOCK, kind) + bytes(10)
+    for length in range(61, 60 + len(real)):
+        into = reassembler()
+        assert hear([segment(1_000, b"", flags=TcpFlags.SYN)], into) == []
+        assert hear([segment(1_000, forged("tx", bytes(60), length))], into) == []
+        assert told(hear([segment(1_084, real)], into)) == ([(kind, BLOCK.hash)]), length
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_that_comes_late_is_followed(kind: Announcement) -> None:
+    """A forged repetition of sound checksum ends where the real flow stands, and would hide what comes next."""
+    into = reassembler()
+    assert hear([segment(1_000, PING + frame("tx", bytes(32)))], into) == []
+    lie = PING + forged("tx", bytes(32), 60_000)
+    assert hear([segment(1_000, lie)], into) == []
+    assert told(hear([segment(1_000 + len(lie), bytes(20) + announcement(BLOCK, kind))], into)) == [(kind, BLOCK.hash)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_forged_sequence_number_disturbs_nothing(kind: Announcement) -> None:
     for sequence in (0, 990, 1_050, 1_500, 2**31, 2**32 - 1):
         into = reassembler()

@@ -22,7 +22,7 @@ from xdp.segments import TcpFlags
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sprint.events import Announcement
+    from sprint.events import Announcement, Sighting
     from xdp.segments import Segment
 
 WINDOW = 8
@@ -98,21 +98,23 @@ def cuts(draw: st.DrawFn, conversation: Conversation, *, least: int = 1) -> list
     return pieces
 
 
-def shuffled(draw: st.DrawFn, pieces: list[Piece]) -> list[Piece]:
+def shuffled(data: st.DataObject, pieces: list[Piece]) -> list[Piece]:
     """Some come later than they were sent."""
-    late = draw(st.lists(st.integers(0, WINDOW - 1), min_size=len(pieces), max_size=len(pieces)))
+    late = data.draw(st.lists(st.integers(0, WINDOW - 1), min_size=len(pieces), max_size=len(pieces)))
     order = sorted(range(len(pieces)), key=lambda index: (index + late[index], index))
     return [pieces[index] for index in order]
 
 
-def repeated(draw: st.DrawFn, pieces: list[Piece], size: int) -> list[Piece]:
+def repeated(data: st.DataObject, pieces: list[Piece], size: int) -> list[Piece]:
     """Some come again, and ranges of any bounds come too, as TCP cuts anew what it repeats."""
     pieces = list(pieces)
-    for _ in range(draw(st.integers(0, 4))):
-        pieces.insert(draw(st.integers(0, len(pieces))), draw(st.sampled_from(pieces)))
-    for _ in range(draw(st.integers(0, 3))):
-        first = draw(st.integers(0, size - 1))
-        pieces.insert(draw(st.integers(0, len(pieces))), (first, draw(st.integers(first + 1, min(first + 500, size)))))
+    for _ in range(data.draw(st.integers(0, 4))):
+        pieces.insert(data.draw(st.integers(0, len(pieces))), data.draw(st.sampled_from(pieces)))
+    for _ in range(data.draw(st.integers(0, 3))):
+        first = data.draw(st.integers(0, size - 1))
+        pieces.insert(
+            data.draw(st.integers(0, len(pieces))), (first, data.draw(st.integers(first + 1, min(first + 500, size))))
+        )
     return pieces
 
 
@@ -126,7 +128,7 @@ def segments_of(conversation: Conversation, pieces: Iterable[Piece], flow: int =
 def hear(segments: Iterable[Segment], *, glance: bool = True) -> Counter[Told]:
     """What is told, the way the source goes about it: a batch at first glance, then in full."""
     into = Reassembler(MAGIC, "capture ringbuf")
-    heard = []
+    heard: list[Sighting] = []
     for now_ns, one in enumerate(segments):
         if glance:
             heard += into.announcements.glance(one, now_ns)
@@ -148,19 +150,19 @@ def arrived(piece: Piece, pieces: Iterable[Piece]) -> bool:
     return at >= piece[1]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_exactly_what_was_announced_is_told_once_a_backend_whatever_happens_to_the_segments(
     data: st.DataObject,
 ) -> None:
     conversation = data.draw(conversations())
     for glance in (True, False):
-        pieces = shuffled(data.draw, data.draw(cuts(conversation)))
-        pieces = repeated(data.draw, pieces, len(conversation.stream))
+        pieces = shuffled(data, data.draw(cuts(conversation)))
+        pieces = repeated(data, pieces, len(conversation.stream))
         assert hear(segments_of(conversation, pieces), glance=glance) == sent(conversation)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_in_order_from_the_connections_beginning_even_whole_announcements_in_bodies_are_not_told(
     data: st.DataObject,
@@ -183,36 +185,37 @@ def test_in_order_from_the_connections_beginning_even_whole_announcements_in_bod
     assert hear([syn, *segments_of(conversation, joined)]) == {(KINDS[0], BLOCKS[0].hash): 1}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_segments_without_announcements_may_be_lost_and_nothing_else_is(data: st.DataObject) -> None:
     """As the program in the kernel selects: whole segments go, and of others what is behind the last byte needed."""
     conversation = data.draw(conversations())
     captured: list[Segment] = []
-    for first, end in shuffled(data.draw, data.draw(cuts(conversation))):
+    for first, end in shuffled(data, data.draw(cuts(conversation))):
         wanted = [min(end, last) for _, start, last in conversation.announced if start < end and last > first]
-        if wanted or data.draw(st.booleans()):
-            kept = conversation.stream[first : max(wanted) if wanted and data.draw(st.booleans()) else end]
+        chosen: bool = data.draw(st.booleans())
+        if wanted or chosen:
+            kept = conversation.stream[first : max(wanted) if wanted and chosen else end]
             captured.append(segment(conversation.sequence + first, kept, length=end - first))
     assert hear(captured) == sent(conversation)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_with_announcements_lost_nothing_is_invented_and_all_that_arrived_is_told(data: st.DataObject) -> None:
     conversation = data.draw(conversations())
     pieces = [piece for piece in data.draw(cuts(conversation)) if data.draw(st.integers(0, 3))]
-    heard = hear(segments_of(conversation, shuffled(data.draw, pieces)))
+    heard = hear(segments_of(conversation, shuffled(data, pieces)))
     whole = Counter(what for what, first, end in conversation.announced if arrived((first, end), pieces))
     assert heard == whole
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_forged_segments_invent_nothing_and_spoil_only_messages_whose_bytes_they_claim(data: st.DataObject) -> None:
     conversation = data.draw(conversations())
     size = len(conversation.stream)
-    genuine = [(piece, False) for piece in shuffled(data.draw, data.draw(cuts(conversation, least=20)))]
+    genuine = [(piece, False) for piece in shuffled(data, data.draw(cuts(conversation, least=20)))]
     arrivals: list[tuple[Piece, bool]] = list(genuine)
     lies: dict[Piece, tuple[bytes, int]] = {}
     boundaries = [0, *(first for (first, _), _ in genuine), *(start for _, start, _ in conversation.announced)]
@@ -245,7 +248,7 @@ def test_forged_segments_invent_nothing_and_spoil_only_messages_whose_bytes_they
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.binary(max_size=80), st.integers(0, 7), st.integers(0, 3))))
 def test_any_segments_at_all_are_survived_within_the_bounds(raw: list[tuple[int, bytes, int, int]]) -> None:
     into = Reassembler(MAGIC, "capture ringbuf")

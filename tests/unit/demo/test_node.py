@@ -223,14 +223,15 @@ def test_a_node_in_a_process_of_its_own_mines_on_request_and_ends_with_its_pipe(
     theirs.close()
     try:
         assert ours.poll(30)
-        port = ours.recv()
+        host, port = ours.recv()
+        assert host == "127.0.0.1"
         ours.send(3)
         assert ours.poll(30)
         hashes = ours.recv()
         assert len(set(hashes)) == 3
 
         async def story() -> None:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await asyncio.open_connection(host, port)
             client = _Client(reader, writer)
             assert (await client.shake_hands()).start_height == 15
             writer.close()
