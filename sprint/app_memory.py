@@ -166,11 +166,13 @@ class MemorySprint:
         source = P2PSource(
             config.upstreams, config.network, lambda: chain.tip_height, self._status, direct=config.use_direct_p2p
         )
+        broadcaster = Broadcaster(
+            RingWriter(self._ring), config.network.magic, list(self._channels.values()), time.monotonic_ns
+        )
+        broadcaster.wake()  # the one before may have died between a record and the call to come and read it
         turns = Turns(
             relay=relay,
-            broadcaster=Broadcaster(
-                RingWriter(self._ring), config.network.magic, list(self._channels.values()), time.monotonic_ns
-            ),
+            broadcaster=broadcaster,
             ring=self._ring,
             ledger=Ledger(self._status),
             header_file=self._header_file,

@@ -2,7 +2,7 @@
 
 Rungs are native XDP, generic XDP, and classification in tc alone. Each is tried with a self-test packet before it is
 called active: a live frame (BPF_PROG_TEST_RUN, Linux 5.18) that enters the interface's own receive path and has to come
-out of a Capture, by every backend. It has documentation addresses (RFC 5737), a multicast MAC address, TTL 1 and wrong
+out of the ring buffer and of the AF_XDP socket. It has documentation addresses (RFC 5737), a multicast MAC address, TTL 1 and wrong
 checksums: nothing forwards it, and no TCP socket gets it.
 
 Programs are attached by bpf_links, which end with the last copy of their descriptor: SIGKILL leaves none. The mirror's
@@ -23,10 +23,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, final
 
 from xdp import kernel
-from xdp.capture import Capture, Handover, ingest_counters, raw_counters
+from xdp.capture import SELF_TEST_SOURCE, Handover, ingest_counters, open_mirror, raw_counters
 from xdp.interfaces import interface as facts_of
 from xdp.links import add_ingress_filter, create_mirror
 from xdp.loader import COMMON
+from xdp.ringbuf import RingBuffer
 from xdp.segments import Backend
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ Mode = Literal["native", "generic", "tc"]
 MODES: tuple[Mode, ...] = ("native", "generic", "tc")
 BACKENDS = frozenset(Backend)
 SELF_TEST_S = 1.0
+LOOK_S = 0.005
+"""Between two looks into the ring buffer, whose wake-ups may be switched off."""
 _XDP_FLAGS = {"native": kernel.XDP_FLAGS_DRV_MODE, "generic": kernel.XDP_FLAGS_SKB_MODE}
 _BEFORE_OTHERS = 1 << 3  # BPF_F_BEFORE: a TCX program of somebody else's may accept, and ours would never run
 _MAX_INTERRUPTIONS = 10
-# Documentation addresses, TEST-NET-1: nobody has them.
-_SOURCE, _DESTINATION = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
+_MAPPED = bytes(10) + b"\xff\xff"
+_SOURCE, _DESTINATION = SELF_TEST_SOURCE[12:], bytes((192, 0, 2, 82))
 
 
 class AttachError(Exception):
@@ -174,7 +177,7 @@ def _attach(
         if mode != "tc":
             link("classify", index, kernel.ATTACH_XDP, _XDP_FLAGS[mode])
         handover = Handover(interface, mode, backends, maps["express"], maps["xsks"], maps["counters"], far_index, {})
-        _prove(loaded, replace(handover, backends=backends | {Backend.RINGBUF}), index)
+        _prove(loaded, handover, index)
         loaded.configure(express=int(Backend.RINGBUF in backends))
         handover = replace(handover, baseline=raw_counters(maps["counters"]))
         return Attachment(mode, reason, handover, links, undo.pop_all())
@@ -193,31 +196,33 @@ def _prove(loaded: Loaded, handover: Handover, index: int) -> None:
 
     The live frame itself is run through `classify`, which stands for the driver's hook in native mode. Generic XDP and
     tc then see it as any other packet, and capture it a second time: on these rungs both times are waited for.
+
+    In the ring buffer we only look, and release nothing: a relay may be reading it.
     """
-    token = os.urandom(32)
-    packet = self_test_packet(_magic(loaded), _watched_port(loaded), token)
-    expected = dict.fromkeys(handover.backends, 1)
-    if handover.mode != "native":
-        expected[Backend.RINGBUF] = 2
-    missing = dict(expected)
+    port, token = _watched_port(loaded), os.urandom(32)
+    packet = self_test_packet(_magic(loaded), port, token)
     context = kernel.XDP_MD.pack(0, len(packet), 0, index, 0, 0)
-    with Capture(handover) as capture:
-        try:
-            _send(loaded.programs["classify"], packet, context)
-            give_up = time.monotonic() + SELF_TEST_S
-            waiting = select.poll()
-            waiting.register(capture.fileno(), select.POLLIN)
-            while any(count > 0 for count in missing.values()):
-                left = give_up - time.monotonic()
-                if left <= 0:
-                    names = ", ".join(backend.name.lower() for backend, count in missing.items() if count > 0)
-                    raise OSError(errno.ETIMEDOUT, f"the self-test packet did not come out of {names}")
-                waiting.poll(min(left, 0.02) * 1000)  # capped: whoever loaded may have switched wake-ups off
-                for segment in capture.poll():
-                    missing[segment.backend] -= token in bytes(segment.payload)
-            capture.poll()  # or the next reader would get what this one has had
-        finally:
-            kernel.map_delete(loaded.maps["flows"], _flow_key(_watched_port(loaded)))
+    missing = {Backend.RINGBUF: 1 if handover.mode == "native" else 2}
+    with contextlib.ExitStack() as stack:
+        ring = stack.enter_context(RingBuffer.open(handover.express_fd))
+        xsk = None
+        if Backend.AF_XDP in handover.backends:
+            xsk = stack.enter_context(open_mirror(handover))
+            missing[Backend.AF_XDP] = 1
+        stack.callback(kernel.map_delete, loaded.maps["flows"], _flow_key(port))
+        _send(loaded.programs["classify"], packet, context)
+        give_up = time.monotonic() + SELF_TEST_S
+        while True:
+            missing[Backend.RINGBUF] -= sum(token in bytes(record) for record in ring.poll())
+            if xsk is not None:
+                missing[Backend.AF_XDP] -= sum(token in bytes(frame) for frame in xsk.peek())
+                xsk.release()
+            if all(count <= 0 for count in missing.values()):
+                return
+            if time.monotonic() > give_up:
+                names = ", ".join(backend.name.lower() for backend, count in missing.items() if count > 0)
+                raise OSError(errno.ETIMEDOUT, f"the self-test packet did not come out of {names}")
+            select.select([] if xsk is None else [xsk], [], [], LOOK_S)
 
 
 def _send(program_fd: int, packet: bytes, context: bytes) -> None:
@@ -244,8 +249,7 @@ def self_test_packet(magic: bytes, port: int, token: bytes) -> bytes:
 
 
 def _flow_key(port: int) -> bytes:
-    mapped = bytes(10) + b"\xff\xff"
-    return COMMON.layouts["flow_key"].packing.pack(mapped + _SOURCE, mapped + _DESTINATION, port, port)
+    return COMMON.layouts["flow_key"].packing.pack(_MAPPED + _SOURCE, _MAPPED + _DESTINATION, port, port)
 
 
 def _magic(loaded: Loaded) -> bytes:

@@ -43,6 +43,8 @@ _MEMBERS = {
     "captured skipped flags reasons zero",
     "mirror_stamp": "arrival_ns skipped mark",
 }
+SELF_TEST_SOURCE = bytes(10) + b"\xff\xff" + bytes((192, 0, 2, 83))
+"""Of self-test packets (see attachment), mapped into IPv6; of TEST-NET-1 (RFC 5737), so nobody's. Never handed out."""
 for _name, _members in _MEMBERS.items():
     if [member.name for member in COMMON.layouts[_name].members] != _members.split():
         raise ImportError(f"common.h: struct {_name} isn't what capture unpacks: {_members}")
@@ -74,6 +76,18 @@ class Handover:
         """The same, with the numbers that the descriptors have in this process."""
         express, xsks, counters = fds
         return replace(self, express_fd=express, xsks_fd=xsks, counters_fd=counters)
+
+
+def open_mirror(handover: Handover) -> Xsk:
+    """The AF_XDP socket at the mirror's far end, in the calling thread's namespace. Raises OSError."""
+    xsk = Xsk(handover.mirror_index, _QUEUE, metadata_bytes=_STAMP.size)
+    try:
+        # The kernel takes it out of the map again when the socket ends, however it ends.
+        kernel.map_update(handover.xsks_fd, struct.pack("=I", _QUEUE), struct.pack("=I", xsk.fileno()))
+    except BaseException:
+        xsk.close()
+        raise
+    return xsk
 
 
 def raw_counters(counters_fd: int) -> dict[str, int]:
@@ -123,9 +137,7 @@ class Capture:
                 self._ring = RingBuffer.open(handover.express_fd)
                 self._epoll.register(self._ring.fileno(), select.EPOLLIN)
             if Backend.AF_XDP in handover.backends:
-                self._xsk = Xsk(handover.mirror_index, _QUEUE, metadata_bytes=_STAMP.size)
-                # The kernel takes it out of the map again when the socket ends, however it ends.
-                kernel.map_update(handover.xsks_fd, struct.pack("=I", _QUEUE), struct.pack("=I", self._xsk.fileno()))
+                self._xsk = open_mirror(handover)
                 self._epoll.register(self._xsk.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
@@ -161,7 +173,9 @@ class Capture:
             except RingCorruptError:
                 self._give_up(self._xsk)
                 self._xsk = None
-        self._payloads = [segment.payload for segment in segments]
+        if segments:
+            self._payloads = [segment.payload for segment in segments]
+            segments = [segment for segment in segments if segment.flow[0] != SELF_TEST_SOURCE]
         return segments
 
     def _release_payloads(self) -> None:

@@ -154,6 +154,21 @@ def test_the_memory_channel_switch_changes_what_wakes_the_workers(
         assert product.stop() == 0
 
 
+def test_a_relay_that_takes_over_wakes_the_workers_for_what_the_dead_one_may_have_left(tmp_path: Path) -> None:
+    settings = {**QUIET, "USE_MEMORY_CHANNEL": "false", "DELIVERY_WORKERS": "1"}
+    with Product(tmp_path, NOBODY, **settings) as product:
+        worker = all_processes(product)["stream-0"]
+        until(lambda: len(udp_waiting(worker)) == 2 and not any(udp_waiting(worker)), "the first wake-up taken")
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            # Each channel is known in every process; that of shm is emptied by its own worker.
+            kill_and_await(product, "relay")
+            until(lambda: any(udp_waiting(worker)), "a wake-up")
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert product.stop() == 0
+
+
 def assert_optimised(product: Product, pids: dict[str, int], refused: list[str]) -> None:
     """The relay has taken every step that wasn't refused, and the others leave its CPU alone."""
     relay, cpu = pids["relay"], max(os.sched_getaffinity(0))
