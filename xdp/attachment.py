@@ -2,8 +2,8 @@
 
 Rungs are native XDP, generic XDP, and classification in tc alone. Each is tried with a self-test packet before it is
 called active: a live frame (BPF_PROG_TEST_RUN, Linux 5.18) that enters the interface's own receive path and has to come
-out of the ring buffer and of the AF_XDP socket. It has documentation addresses (RFC 5737), a multicast MAC address, TTL 1 and wrong
-checksums: nothing forwards it, and no TCP socket gets it.
+out of the ring buffer and of the AF_XDP socket. It has documentation addresses (RFC 5737), a multicast MAC address, TTL
+1 and wrong checksums: nothing forwards it, and no TCP socket gets it.
 
 Programs are attached by bpf_links, which end with the last copy of their descriptor: SIGKILL leaves none. The mirror's
 veth pair, and before Linux 6.6 a clsact filter, can outlive us: links.clean() knows them. Somebody else's XDP program
@@ -42,6 +42,8 @@ BACKENDS = frozenset(Backend)
 SELF_TEST_S = 1.0
 LOOK_S = 0.005
 """Between two looks into the ring buffer, whose wake-ups may be switched off."""
+MAX_RECORDS = 1 << 16
+"""Of one look: more than a ring buffer of the usual size holds."""
 _XDP_FLAGS = {"native": kernel.XDP_FLAGS_DRV_MODE, "generic": kernel.XDP_FLAGS_SKB_MODE}
 _BEFORE_OTHERS = 1 << 3  # BPF_F_BEFORE: a TCX program of somebody else's may accept, and ours would never run
 _MAX_INTERRUPTIONS = 10
@@ -113,8 +115,8 @@ def attach(
 ) -> Attachment:
     """Attach to an interface of the calling thread's network namespace, on the first of `modes` that is proven.
 
-    `loaded` stays the caller's, and open at least as long. One attachment of it at a time, and no Capture meanwhile:
-    the self-test reads its ring buffer, which has one reader. Takes up to SELF_TEST_S a rung. Raises AttachError.
+    `loaded` stays the caller's, and open at least as long. One attachment of it at a time; a Capture of an earlier one
+    may still be there. Takes up to SELF_TEST_S a rung. Raises AttachError.
     """
     if not backends or not modes:
         raise ValueError(f"backends={backends!r}, modes={modes!r}: at least one of each is expected")
@@ -213,7 +215,7 @@ def _prove(loaded: Loaded, handover: Handover, index: int) -> None:
         _send(loaded.programs["classify"], packet, context)
         give_up = time.monotonic() + SELF_TEST_S
         while True:
-            missing[Backend.RINGBUF] -= sum(token in bytes(record) for record in ring.poll())
+            missing[Backend.RINGBUF] -= sum(token in bytes(record) for record in ring.poll(MAX_RECORDS))
             if xsk is not None:
                 missing[Backend.AF_XDP] -= sum(token in bytes(frame) for frame in xsk.peek())
                 xsk.release()

@@ -130,6 +130,8 @@ class Capture:
         self._ring: RingBuffer | None = None
         self._xsk: Xsk | None = None
         self._payloads: list[memoryview | bytes] = []
+        self._holds = False
+        """Whether memory is to be given back: asking both rings each time would double the cost of an empty poll."""
         self._unparsed = self._given_up = 0
         self._epoll = select.epoll()
         try:
@@ -152,19 +154,19 @@ class Capture:
 
         Ends the validity of the payloads handed out before.
         """
-        self._release_payloads()
+        if self._holds:
+            self._release()
         segments: list[Segment] = []
         if self._ring is not None:
             try:
-                self._ring.release()
                 segments += [_express(record) for record in self._ring.poll(BATCH)]
             except RingCorruptError:
                 self._give_up(self._ring)
                 self._ring = None
         if self._xsk is not None:
             try:
-                self._xsk.release()
                 for frame in self._xsk.peek(BATCH):
+                    self._holds = True
                     segment = _mirrored(frame)
                     if segment is None:
                         self._unparsed += 1
@@ -174,16 +176,24 @@ class Capture:
                 self._give_up(self._xsk)
                 self._xsk = None
         if segments:
+            self._holds = True
             self._payloads = [segment.payload for segment in segments]
             segments = [segment for segment in segments if segment.flow[0] != SELF_TEST_SOURCE]
+            if not segments:
+                self._release()  # at once: nobody will look at them, and fileno() would stay readable
         return segments
 
-    def _release_payloads(self) -> None:
-        """So that a stale one can't be read as somebody else's bytes, nor hold a mapping."""
+    def _release(self) -> None:
+        # So that a stale payload can't be read as somebody else's bytes, nor hold a mapping.
         for payload in self._payloads:
             if isinstance(payload, memoryview):
                 payload.release()
         self._payloads = []
+        self._holds = False
+        if self._ring is not None:
+            self._ring.release()
+        if self._xsk is not None:
+            self._xsk.release()
 
     def _give_up(self, backend: RingBuffer | Xsk) -> None:
         self._given_up += 1
@@ -201,7 +211,7 @@ class Capture:
 
     def close(self) -> None:
         """Unmap and close what is ours; the handover's descriptors stay open. Harmless if repeated."""
-        self._release_payloads()
+        self._release()
         if self._ring is not None:
             self._ring.close()
             self._ring = None

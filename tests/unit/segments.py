@@ -28,12 +28,12 @@ def flow_of(number: int = 0) -> Flow:
     return Flow(number.to_bytes(16, "big"), b"\xff" * 16, 18444, 50_000)
 
 
-def blocks(count: int) -> list[MinedBlock]:
-    """A chain from genesis on."""
+def blocks(count: int, bits: int = REGTEST.pow_limit_bits) -> list[MinedBlock]:
+    """A chain from genesis on, each block with the work that `bits` demand."""
     mined: list[MinedBlock] = []
     previous = REGTEST.genesis_hash
     for height in range(1, count + 1):
-        mined.append(mine(previous, height, WALL_S + height, REGTEST.pow_limit_bits))
+        mined.append(mine(previous, height, WALL_S + height, bits))
         previous = mined[-1].hash
     return mined
 

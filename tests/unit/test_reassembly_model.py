@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from sprint.bitcoin.codec import MAX_PAYLOAD_SIZE
 from sprint.overheard import MAX_INV_SIZE
 from sprint.reassembly import MAX_GATHERED, Reassembler
-from tests.unit.segments import BLOCKS, KINDS, MAGIC, announcement, flow_of, forged, frame, needed, segment, told
+from tests.unit.segments import KINDS, MAGIC, announcement, blocks, flow_of, forged, frame, needed, segment, told
 from xdp.segments import TcpFlags
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 WINDOW = 8
 """By how many places a segment may come late."""
+BLOCKS = blocks(40, 0x1F0F_FFFF)
+"""At 4,000 hashes each. On regtest's own terms every second mixture of two senders' bytes would prove itself."""
 FILLER = b"\x11"
 """As nBits, 0x11111111 is a target that nothing meets, so that no decoy proves itself by chance."""
 Told = tuple["Announcement", bytes]
