@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 TICK_S = 0.25
 """How old the counters in the status may be."""
+SOMEWHERE_ELSE = "203.0.113.1"
+"""TEST-NET-3 (RFC 5737), which nobody has: the way there is the way to the internet."""
 BACKENDS = {"af_xdp": Backend.AF_XDP, "ringbuf": Backend.RINGBUF}
 
 
@@ -77,9 +79,7 @@ class BypassProcess:
         self._stopping = True
 
     def _interface(self) -> str:
-        if self._config.interface is not None:
-            return self._config.interface
-        return interface_towards(socket.gethostbyname(self._config.upstreams[0].host))
+        return self._config.interface or default_interface(self._config.upstreams[0].host)
 
     def _try_to_attach(self) -> None:
         before = self._reason
@@ -141,6 +141,16 @@ class BypassProcess:
             said |= {"active": True, "mode": attachment.mode, "interfaces": [attachment.interface]}
             said["ingest"] = {name: counted.get(name, 0) for name in BYPASS_INACTIVE["ingest"]}
         self._status.bypass = said
+
+
+def default_interface(host: str) -> str:
+    """The interface that leads to that host; for a node on this very host, the one that leads to its peers.
+
+    Raises OSError when the host has no address, or nothing leads there.
+    """
+    address = str(socket.getaddrinfo(host, None)[0][4][0])
+    towards = interface_towards(address)
+    return towards if towards != "lo" else interface_towards(SOMEWHERE_ELSE)
 
 
 def open_capture(facts: dict[str, Any], descriptors: list[int], network: Network, status: StatusBlock) -> CaptureSource:

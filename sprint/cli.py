@@ -124,11 +124,16 @@ def status(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove what a killed run has left on this host.")] = False,
 ) -> None:
     """Examine what this host can do, and the remedies."""
     with _reporting():
-        from sprint.doctor import as_dicts, examine  # noqa: PLC0415
+        from sprint.doctor import as_dicts, examine, remove_leftovers  # noqa: PLC0415
 
+        if clean:
+            for line in remove_leftovers():
+                print(f"removed: {line}")
+            return
         checks = examine(config.load().upstreams)
         if as_json:
             print(json.dumps(as_dicts(checks), ensure_ascii=False, indent=2))

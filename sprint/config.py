@@ -173,7 +173,7 @@ class Settings(BaseModel):
     interface: Annotated[str, BeforeValidator(_interface)] | None = Field(
         None,
         description="The network interface whose packets the kernel bypass looks at; never lo.",
-        examples=["the one that leads to the first of BITCOIN_NODE"],
+        examples=["the one that leads to the first of BITCOIN_NODE, or from this host to the internet"],
     )
     capture: Annotated[tuple[str, ...], BeforeValidator(_capture)] = Field(
         ("af_xdp", "ringbuf"),

@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdp.links import clean
+from xdp.loader import missing
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -79,6 +82,7 @@ def examine(
         _btf(root),
         _bcc(),
         _kernel_headers(root, release, environ),
+        _kernel_bypass(),
         _open_files(),
         _locked_memory(capabilities),
         _cpus(),
@@ -87,6 +91,11 @@ def examine(
         *_interfaces(root),
         *_nodes(nodes),
     ]
+
+
+def remove_leftovers() -> list[str]:
+    """Remove links and filters of the kernel bypass whose owner is dead; returns a line for each."""
+    return [str(left) for left in clean()]
 
 
 def as_dicts(checks: Sequence[Check]) -> list[dict[str, Any]]:
@@ -193,6 +202,13 @@ def _kernel_headers(root: Path, release: str, environ: Mapping[str, str]) -> Che
     if missing:
         return Check(name, False, f"{shown}: no {' and no '.join(missing)} in it", remedy)
     return Check(name, True, shown)
+
+
+def _kernel_bypass() -> Check:
+    reason = missing()
+    if reason is None:
+        return Check("kernel bypass", True, "its programs can be compiled and loaded here")
+    return Check("kernel bypass", False, "its programs can't be loaded here", reason)
 
 
 def _open_files() -> Check:

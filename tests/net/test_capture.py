@@ -269,6 +269,21 @@ def test_somebody_elses_program_is_refused_by_name_and_left_where_it_is(loaded: 
         assert links.ours() == []
 
 
+def test_somebody_elses_tcx_program_that_accepts_everything_does_not_hide_packets_from_ours(
+    loaded: Loaded, cable: Cable
+) -> None:
+    with tiny_bpf.load_program(tiny_bpf.SCHED_CLS, tiny_bpf.mov(0, 0), tiny_bpf.EXIT) as program:
+        try:
+            other = kernel.link_create(program, cable.nic.index, kernel.ATTACH_TCX_INGRESS)
+        except OSError:
+            pytest.skip("no TCX before Linux 6.6")
+        try:
+            with attach(loaded, "nic", modes=("tc",)) as attachment, Capture(attachment.handover()) as capture:
+                talk(cable, capture)
+        finally:
+            os.close(other)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("lo", "loopback"), ("none", "No such device")])
 def test_an_interface_that_cannot_be_captured_is_refused(
     loaded: Loaded, near: Namespace, name: str, reason: str
