@@ -19,7 +19,7 @@ from sprint.composition import BYPASS_INACTIVE, LOADING
 from sprint.sources.bypass import ASK
 from sprint.sources.capture import CaptureSource
 from xdp.attachment import AttachError, Attachment, attach
-from xdp.capture import Capture, Handover
+from xdp.capture import Capture, Handover, close_handover
 from xdp.interfaces import LinkMonitor, interface_towards
 from xdp.links import clean
 from xdp.loader import Loaded, LoadError, load
@@ -157,4 +157,19 @@ def open_capture(facts: dict[str, Any], descriptors: list[int], network: Network
     """The relay's half of what was handed over."""
     backends = frozenset(Backend(number) for number in facts["backends"])
     handover = Handover(**{**facts, "backends": backends}).with_fds(descriptors)
-    return CaptureSource(Capture(handover), network, status, sorted(backends))
+    return CaptureSource(_OwnedCapture(handover), network, status, sorted(backends))
+
+
+class _OwnedCapture:
+    """A capture, and the descriptors that were sent for it, which end together."""
+
+    def __init__(self, handover: Handover) -> None:
+        self._handover = handover
+        self._capture = Capture(handover)
+        self.fileno = self._capture.fileno
+        self.poll = self._capture.poll
+        self.counters = self._capture.counters
+
+    def close(self) -> None:
+        self._capture.close()
+        close_handover(self._handover)
