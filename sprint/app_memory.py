@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from sprint.sources import Source
     from sprint.status import Delivery
 
+WORKER_PRIORITY = 5
 REALTIME_PRIORITY = 10
 """SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
 
@@ -287,7 +288,7 @@ class MemorySprint:
         start: Callable[[asyncio.AbstractEventLoop], Any],
     ) -> None:
         """Run one delivery, woken by its channel, until SIGTERM."""
-        self._leave_relay_alone()
+        optimizations = self._hurry(show=channel is self._channels["stream-0"])
         loop = asyncio.get_running_loop()
         stopped: asyncio.Future[None] = loop.create_future()
 
@@ -314,6 +315,32 @@ class MemorySprint:
         finally:
             loop.remove_reader(channel.fileno())
             delivery.close()
+            optimizations.undo()
+
+    def _hurry(self, *, show: bool) -> Optimizations:
+        """A worker's share of OPTIMIZE_SYSTEM. It sleeps between records, so real-time scheduling harms nobody.
+
+        Without that, whoever else is woken by the same block, the log above all, goes first: five times the latency.
+        """
+        self._leave_relay_alone()
+        asked = self._config.optimize_system
+        optimizations = Optimizations(
+            Plan(
+                cpus=None,
+                realtime_priority=WORKER_PRIORITY if asked else None,
+                lock_memory=asked,
+                freeze_gc=False,  # nobody here would know when to collect
+                spin=False,
+            )
+        )
+        if asked:
+            steps = optimizations.apply()
+        if asked and show:  # one of them speaks for all: the row has one writer
+            row = self._status.layout.steps[STEPS - 1]
+            row.detail = "; ".join(f"{step.name}: {step.detail}" for step in steps).encode()[:159]
+            row.applied = all(step.applied for step in steps)
+            row.name = b"workers"
+        return optimizations
 
     def _be_api(self) -> None:
         self._leave_relay_alone()

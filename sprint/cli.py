@@ -166,13 +166,16 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: ring, stream or wire.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: detect, ring, stream or wire.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it, too: ring and stream.")
+        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it, too: all but wire.")
     ] = None,
     subscribers: Annotated[
         int | None, typer.Option(min=1, max=1_000_000, help="stream: the largest number. Default: 10,000.")
+    ] = None,
+    announcements: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="detect: of each mode. Default: 2,000.")
     ] = None,
 ) -> None:
     """Measure, beside others in the same run.
@@ -189,10 +192,12 @@ def bench(
             wrong = f"--plot: nothing to draw of {name}"
         elif subscribers is not None and not BENCHMARKS[name].takes_subscribers:
             wrong = f"--subscribers: {name} has none"
+        elif announcements is not None and not BENCHMARKS[name].takes_announcements:
+            wrong = f"--announcements: {name} has none"
         if wrong:
             print(f"sprint: {wrong}", file=sys.stderr)
             raise SystemExit(2)
-        report(name, Options(subscribers), as_json=as_json, plot=plot)
+        report(name, Options(subscribers, announcements), as_json=as_json, plot=plot)
 
 
 def _get(url: str) -> Any:

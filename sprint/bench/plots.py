@@ -27,6 +27,15 @@ _HOPS = {
     "iceoryx2": ("iceoryx2, polled", _OTHERS[3]),
 }
 
+_DETECTS = {
+    "socket_blocking": ("socket, blocking", _OTHERS[0], "--"),
+    "socket_busy": ("socket, polled", _OTHERS[0], "-"),
+    "af_xdp_blocking": ("AF_XDP, blocking", _ALSO_OURS, "--"),
+    "af_xdp_busy": ("AF_XDP, polled", _ALSO_OURS, "-"),
+    "ringbuf_blocking": ("BPF ring buffer, blocking", _OURS, "--"),
+    "ringbuf_busy": ("BPF ring buffer, polled", _OURS, "-"),
+}
+
 
 def require_matplotlib() -> None:
     """Raises HostError, with the remedy, when no picture can be drawn."""
@@ -60,6 +69,35 @@ def plot_ring(result: Mapping[str, Any], path: Path) -> None:
         path,
         f"A record of {results['record_bytes']} bytes from one process to another",
         f"{min(hop['records'] for _, hop in hops):,} records each, {results['pause_us']} µs apart, "
+        f"in {results['rounds']} interleaved rounds; {result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
+    )
+
+
+def plot_detect(result: Mapping[str, Any], path: Path) -> None:
+    """Percentiles of the time to the hash, a line for each mode, both axes logarithmic."""
+    results = result["results"]
+    modes = results["modes"]
+    figure = _figure()
+    axes = figure.subplots()
+    shown = [percent for percent in PERCENTS if 25 <= percent <= 99.5]
+    rarity = [100 / (100 - percent) for percent in shown]
+    for name, mode in sorted(modes.items(), key=lambda item: -item[1]["p50_us"]):
+        label, colour, style = _DETECTS[name]
+        values = [mode[f"p{percent}_us"] for percent in shown]
+        label = f"{label}: {mode['p50_us']:,.1f} µs"
+        axes.plot(rarity, values, color=colour, linestyle=style, marker="o", markersize=3.5, label=label)
+    axes.set(xscale="log", yscale="log", xlim=(min(rarity), max(rarity) * 1.02))
+    axes.set_xticks(rarity, [f"{percent:g}" for percent in shown])
+    axes.set_xlabel("percentile of announcements")
+    axes.set_ylabel("packet at the interface → hash known, µs")
+    legend = axes.legend(title="median", alignment="left", loc="upper left", framealpha=1, edgecolor="none")
+    legend.get_title().set_fontweight("bold")
+    _finish(
+        figure,
+        axes,
+        path,
+        "A compact block's packet, until Python knows the hash",
+        f"{min(mode['announcements'] for mode in modes.values()):,} announcements each, "
         f"in {results['rounds']} interleaved rounds; {result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
     )
 

@@ -185,13 +185,23 @@ def assert_optimised(product: Product, pids: dict[str, int], refused: list[str])
         until(lambda: cpu_seconds(relay) > before + 0.1, "a spinning relay")
 
 
+def optimizations_of(product: Product) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The relay's steps, and the row of the workers."""
+    until(lambda: any(row["name"] == "workers" for row in product.ask("health")["optimizations"]), "the workers' row")
+    *steps, workers = product.ask("health")["optimizations"]
+    return steps, workers
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU: nothing is pinned, and nothing spins")
 def test_optimize_system_pins_locks_and_says_what_was_refused_once_even_if_the_relay_is_restarted(
     bcoin: BcoinNode, tmp_path: Path
 ) -> None:
     with Product(tmp_path, bcoin.p2p_address, OPTIMIZE_SYSTEM="true", DELIVERY_WORKERS="1") as product:
-        steps = product.wait_until_healthy()["optimizations"]
+        product.wait_until_healthy()
+        steps, workers = optimizations_of(product)
         assert [step["name"] for step in steps] == ["pinning", "spin", "timer slack", "gc", "memory", "realtime"]
+        scheduled = os.sched_getscheduler(all_processes(product)["stream-0"]) & ~os.SCHED_RESET_ON_FORK
+        assert (scheduled == os.SCHED_FIFO) == ("realtime: SCHED_FIFO" in workers["detail"])
         refused = [step["name"] for step in steps if not step["applied"]]
         for life in range(2):
             if life:
@@ -199,7 +209,7 @@ def test_optimize_system_pins_locks_and_says_what_was_refused_once_even_if_the_r
             assert_optimised(product, all_processes(product), refused)
             with JsonStream(product.stream) as raw:
                 raw.wait_for_hashes("validated", bcoin.mine(1))
-        again = product.ask("health")["optimizations"]
+        again, _ = optimizations_of(product)
         assert [(step["name"], step["applied"]) for step in again] == [
             (step["name"], step["applied"]) for step in steps
         ]
