@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from sprint.bench.plots import plot_ring, plot_stream, require_matplotlib
+from sprint.bench.plots import plot_detect, plot_ring, plot_stream, require_matplotlib
 from sprint.errors import HostError
 
 Result = dict[str, dict[str, Any]]
@@ -26,6 +26,7 @@ class Options:
     """What the command line says beyond the name; None: the benchmark's own default."""
 
     subscribers: int | None = None
+    announcements: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Benchmark:
     plot: Callable[[Mapping[str, Any], Path], None] | None = None
     """Draws the whole printed object into a PNG file."""
     takes_subscribers: bool = False
+    takes_announcements: bool = False
 
 
 def wire(progress: Advance, _options: Options) -> Result:
@@ -73,7 +75,15 @@ def stream(progress: Advance, options: Options) -> Result:
     return measure_stream(progress, SIZES[-1] if options.subscribers is None else options.subscribers)
 
 
+def detect(progress: Advance, options: Options) -> Result:
+    """From a packet's arrival at the interface to the block's hash: socket, AF_XDP, ring buffer, waiting and polled."""
+    from sprint.bench.detect import ANNOUNCEMENTS, measure_detect  # noqa: PLC0415
+
+    return measure_detect(progress, ANNOUNCEMENTS if options.announcements is None else options.announcements)
+
+
 BENCHMARKS: dict[str, Benchmark] = {
+    "detect": Benchmark(detect, plot_detect, takes_announcements=True),
     "ring": Benchmark(ring, plot_ring),
     "stream": Benchmark(stream, plot_stream, takes_subscribers=True),
     "wire": Benchmark(wire),
