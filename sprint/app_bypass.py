@@ -11,6 +11,7 @@ import json
 import selectors
 import signal
 import socket
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sprint.composition import BYPASS_INACTIVE, LOADING
 from sprint.sources.bypass import ASK
 from sprint.sources.capture import CaptureSource
+from sprint.tiers import NS_PER_S
 from xdp.attachment import AttachError, Attachment, attach
 from xdp.capture import Capture, Handover, close_handover
 from xdp.interfaces import LinkMonitor, interface_towards
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.25
 """How old the counters in the status may be."""
+FIRST_RETRY_NS, LAST_RETRY_NS = NS_PER_S, 60 * NS_PER_S
 SOMEWHERE_ELSE = "203.0.113.1"
 """TEST-NET-3 (RFC 5737), which nobody has: the way there is the way to the internet."""
 BACKENDS = {"af_xdp": Backend.AF_XDP, "ringbuf": Backend.RINGBUF}
@@ -49,6 +52,10 @@ class BypassProcess:
         self._attachment: Attachment | None = None
         self._loaded: Loaded | None = None
         self._reason: str | None = LOADING
+        self._interface = config.interface
+        """The one that was tried last, where none is configured."""
+        self._retry_ns = 0
+        self._pause_ns = FIRST_RETRY_NS
         self._stopping = False
 
     def run(self) -> None:
@@ -62,13 +69,13 @@ class BypassProcess:
                 selector.register(monitor, selectors.EVENT_READ)
                 selector.register(self._control, selectors.EVENT_READ)
                 while not self._stopping:
-                    if self._attachment is None:
+                    if self._attachment is None and time.monotonic_ns() >= self._retry_ns:
                         self._try_to_attach()
                     self._tell()
                     for key, _ in selector.select(TICK_S):
                         if key.fileobj is self._control:
                             self._answer()
-                        elif any(change.name == self._interface() for change in monitor.poll()):
+                        elif any(change.name == self._interface for change in monitor.poll()):
                             self._look_again()
         finally:
             self._detach()
@@ -78,9 +85,6 @@ class BypassProcess:
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._stopping = True
 
-    def _interface(self) -> str:
-        return self._config.interface or default_interface(self._config.upstreams[0].host)
-
     def _try_to_attach(self) -> None:
         before = self._reason
         try:
@@ -89,13 +93,18 @@ class BypassProcess:
                 ports = {network.port, *(upstream.port for upstream in self._config.upstreams)}
                 self._loaded = load(network.magic, ports, every_magic=False)
             backends = {BACKENDS[name] for name in self._config.capture}
-            self._attachment = attach(self._loaded, self._interface(), backends=backends)
+            self._interface = self._config.interface or default_interface(self._config.upstreams[0].host)
+            self._attachment = attach(self._loaded, self._interface, backends=backends)
         except (AttachError, LoadError, OSError) as error:
             self._reason = str(error)
+            # An attempt compiles, or makes links and waits for packets: not to be done all the time in vain.
+            self._retry_ns = time.monotonic_ns() + self._pause_ns
+            self._pause_ns = min(2 * self._pause_ns, LAST_RETRY_NS)
             if self._reason != before:
                 self._log.warning("Kernel bypass inactive", reason=self._reason)
             return
         self._reason = self._attachment.reason
+        self._pause_ns = FIRST_RETRY_NS
         self._log.info(
             "Kernel bypass active",
             interface=self._attachment.interface,
@@ -107,7 +116,8 @@ class BypassProcess:
     def _look_again(self) -> None:
         """The interface has changed: what was attached to it may be gone with it."""
         self._detach()
-        self._reason = f"{self._config.interface or 'the interface'} has changed: attaching anew"
+        self._reason = f"{self._interface} has changed: attaching anew"
+        self._retry_ns, self._pause_ns = 0, FIRST_RETRY_NS
         with suppress(OSError):
             self._control.send(b"{}")
 

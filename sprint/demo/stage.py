@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -39,6 +41,7 @@ INITIAL_BLOCKS = 12
 """More than the eleven of a median time."""
 SETTLE_TIMEOUT_S = 15.0
 SHOWN_BLOCKS = 12
+FOLDER_PREFIX = "sprint-demo-"
 BYPASS_TIMEOUT_S = 20.0
 COUNTERS_TIMEOUT_S = 2.0
 
@@ -92,7 +95,9 @@ class Stage:
             lay(self._wire, self._node.recv())
             self._node.send(None)
         host, port = self._node.recv()
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sprint-demo-"))
+        _remove_dead_folders()
+        prefix = f"{FOLDER_PREFIX}{os.getpid()}-"
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
         self.relay = RelayProcess(self._settings(f"{host}:{port}", folder))
         stack.callback(self.relay.stop)
         self.api, self.stream = self.relay.wait_until_healthy()
@@ -205,6 +210,14 @@ class Stage:
             self.score.records.append(report.record)
         elif isinstance(report, Ready):
             self.score.tiers[report.tier] = report.write_deadline
+
+
+def _remove_dead_folders() -> None:
+    """What demos of ours that were killed have left in the folder for temporary files."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists() and folder.lstat().st_uid == os.geteuid():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wants_bypass() -> bool:

@@ -20,6 +20,7 @@ from xdp.links import leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("bpf_loadable")
 
@@ -151,3 +152,21 @@ def test_a_killed_bypass_leaves_no_program_and_comes_back_while_the_sockets_serv
     wait_for(lambda: process_of(stage, "bypass") not in {0, bypass}, "the bypass did not come back")
     wait_for(lambda: bool(interface(name).xdp), "nothing was attached again")
     wait_for(lambda: bool(mine(stage)[0]["source"] == "capture"), "no block was captured any more")
+
+
+def test_a_demo_that_was_killed_leaves_no_link_and_no_process_and_the_next_removes_its_folder(tmp_path: Path) -> None:
+    before = links()
+    command = [sys.executable, "-m", "sprint", "demo", "--once", "--blocks", "10000", "--subscribers", "1"]
+    settings = {**os.environ, "TIER": "enterprise", "OPTIMIZE_SYSTEM": "false", "TMPDIR": str(tmp_path)}
+    demo = subprocess.Popen(command, env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: any(name.startswith("spd") for name in links() - before), "the demo's wire was not laid")
+        wait_for(lambda: any(tmp_path.glob("sprint-demo-*/headers-regtest.dat")), "no header file")
+    finally:
+        demo.kill()
+        demo.wait()
+    wait_for(lambda: not {name for name in links() - before if name.startswith("spd")}, "the wire stayed")
+    wait_for(lambda: not leftovers(), "the mirror stayed")
+    assert any(tmp_path.iterdir())
+    run_demo(ENABLE_KERNEL_BYPASS="false", TMPDIR=str(tmp_path))
+    assert not any(tmp_path.iterdir())

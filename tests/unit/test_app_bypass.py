@@ -1,13 +1,18 @@
-"""Which interface the kernel bypass takes when nobody names one."""
+"""Which interface the kernel bypass takes when nobody names one, and how often it tries in vain."""
 
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 
 from sprint import app_bypass
-from sprint.app_bypass import SOMEWHERE_ELSE, default_interface
+from sprint.app_bypass import SOMEWHERE_ELSE, BypassProcess, default_interface
+from sprint.config import load as load_config
+from sprint.status import StatusBlock
+from sprint.tiers import NS_PER_S
+from xdp.loader import LoadError
 
 
 @pytest.fixture
@@ -47,3 +52,32 @@ def test_a_host_that_nothing_leads_to_is_an_error_to_report(routes: dict[str, st
 def test_a_name_without_an_address_is_an_error_to_report() -> None:
     with pytest.raises(socket.gaierror):
         default_interface("no-such-host.invalid")
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def warning(self, _event: str, *, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+def test_what_fails_is_tried_again_at_growing_pauses_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object, **_keywords: object) -> None:
+        raise LoadError("bcc is not importable")
+
+    monkeypatch.setattr(app_bypass, "load", refuse)
+    config = load_config({"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": "nosuch0"})
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    log = _Log()
+    pauses = []
+    with ours, theirs:
+        process = BypassProcess(config, StatusBlock.create(1, {}), ours, log)
+        for _ in range(9):
+            before_ns = time.monotonic_ns()
+            process._try_to_attach()
+            pauses.append(round((process._retry_ns - before_ns) / NS_PER_S))
+        assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+        assert log.reasons == ["bcc is not importable"]
+        process._look_again()
+        assert process._retry_ns == 0
