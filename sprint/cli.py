@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sprint import __version__, config, logs
+from sprint import __version__, config, logs, settings
 from sprint.errors import ConfigError, SprintError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _reporting() -> Iterator[None]:
 def _run_help() -> str:
     lines = ["Run Sprint until SIGINT or SIGTERM.", ""]
     lines += ["Configured by the environment, then by .env in the working directory:", "", "\b"]
-    for variable in config.variables():
+    for variable in settings.variables():
         text = f"{variable.description} Default: {variable.default}."
         lines += [variable.name, *textwrap.wrap(text, 74, initial_indent="    ", subsequent_indent="    ")]
     return "\n".join(lines)

@@ -26,7 +26,7 @@ from sprint.record import state_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sprint.deliveries.ledger import TierLedger
+    from sprint.deliveries.accounts import TierLedger
     from sprint.ring import Ring
 
 _SEEN: Final = struct.Struct("<Q")

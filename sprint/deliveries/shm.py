@@ -22,8 +22,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.hello import NOT_ACCEPTED, Hello, Refusal
-from sprint.deliveries.ledger import TierLedger
 from sprint.deliveries.reception import BACKLOG, Reception
 from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.stream import HELLO_TIMEOUT_NS, MAX_EXTRA

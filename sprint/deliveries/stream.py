@@ -15,10 +15,10 @@ import time
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
+from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.catch_up import TOP_FIRST, CatchUp
 from sprint.deliveries.deadlines import Deadlines, Heartbeats
 from sprint.deliveries.hello import NOT_ACCEPTED, Refusal, welcome_line
-from sprint.deliveries.ledger import TierLedger
 from sprint.deliveries.reception import Reception, listen
 from sprint.deliveries.session import Feed, Written, latency_origin_ns
 from sprint.deliveries.subscriber import Subscriber

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from sprint.deliveries.session import Feed, Session
 
 if TYPE_CHECKING:
+    from sprint.deliveries.accounts import TierLedger
     from sprint.deliveries.hello import Hello
-    from sprint.deliveries.ledger import TierLedger
 
 
 class Subscriber(Session[socket.socket]):

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sprint import config
+from sprint.settings import variables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -264,7 +264,7 @@ def _add(total: Event, counters: Event) -> None:
 
 def environment(settings: dict[str, str]) -> dict[str, str]:
     """Our own environment, but of Sprint's variables only these."""
-    ours = {variable.name for variable in config.variables()}
+    ours = {variable.name for variable in variables()}
     return {name: value for name, value in os.environ.items() if name not in ours} | settings
 
 

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sprint import config
 from sprint.addresses import Address
 from sprint.bitcoin.networks import NETWORKS
-from sprint.config import ENV_FILE, MAX_ENV_FILE_SIZE, MAX_UPSTREAMS, Config, load
+from sprint.config import ENV_FILE, MAX_ENV_FILE_SIZE, Config, load
 from sprint.errors import ConfigError
+from sprint.settings import MAX_UPSTREAMS, variables
 from sprint.tiers import PROFILES, Tier
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = [variable.name for variable in config.variables()]
+NAMES = [variable.name for variable in variables()]
 SWITCHES = ["USE_SHARED_MEMORY", "USE_DIRECT_P2P", "USE_MEMORY_CHANNEL", "OPTIMIZE_SYSTEM"]
 # Of each variable: the field of Config, a value for .env, and what comes of it; another for the environment, likewise.
 SETTABLE: list[tuple[str, str, str, Any, str, Any]] = [
@@ -396,5 +396,5 @@ def test_the_command_s_help_names_every_variable_with_its_default(tmp_path: Path
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert [line for line in lines if line in NAMES] == NAMES
     text = " ".join(lines)
-    for variable in config.variables():
+    for variable in variables():
         assert f"{variable.name} {variable.description} Default: {variable.default}." in text

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from sprint.bitcoin.networks import NETWORKS
-from sprint.config import ENV_FILE, MAX_ENV_FILE_SIZE, MAX_UPSTREAMS, Settings, load, variables
+from sprint.config import ENV_FILE, MAX_ENV_FILE_SIZE, load
 from sprint.durations import format_duration
 from sprint.errors import ConfigError
+from sprint.settings import MAX_UPSTREAMS, Settings, variables
 from sprint.tiers import PROFILES, Tier
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprint.deliveries.ledger import TierLedger
+from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.session import Feed, Session, Written
 from sprint.events import Event, Lapped, Source, State
 from sprint.frames import Format, FrameDecoder, Heartbeat, heartbeat_frame, record_frame

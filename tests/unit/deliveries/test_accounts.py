@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprint.deliveries.ledger import SortedHistogram, TierLedger
+from sprint.deliveries.accounts import SortedHistogram, TierLedger
 from sprint.status import Histogram, HistogramData, StatusBlock
 from sprint.tiers import PROFILES, Tier
 
