@@ -1,4 +1,4 @@
-"""The command line: `sprint run | watch | status | doctor | demo | bench`.
+"""The command line: `sprint run | watch | status | doctor | keys | demo | bench`.
 
 Exit codes: 0 done, 1 the machine or a peer refused (one line says what), 2 wrong usage or a bad configuration value
 (one line that names it).
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sprint import __version__, config, logs, settings
+from sprint import __version__, cli_keys, config, logs, settings
 from sprint.errors import ConfigError, SprintError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cli_keys.app, name="keys")
 
 STATUS_TIMEOUT_S = 5
 

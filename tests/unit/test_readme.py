@@ -32,7 +32,7 @@ def test_the_readme_shows_the_help_that_the_command_prints() -> None:
 
 def test_the_readme_names_every_command_of_the_help() -> None:
     listed = re.findall(r"^  ([a-z]+) ", sprint("--help").stdout.partition("Commands:")[2], re.MULTILINE)
-    assert set(listed) == {"run", "watch", "status", "doctor", "demo", "bench"}
+    assert set(listed) == {"run", "watch", "status", "doctor", "demo", "bench", "keys"}
 
 
 @pytest.mark.parametrize("tier", list(Tier), ids=lambda tier: tier.label)
@@ -58,7 +58,7 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
 def test_every_sprint_command_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     used = set(re.findall(r"(?:\./run sprint|`sprint|^sprint|\$ sprint) ([a-z]+)", text, re.MULTILINE))
-    assert used <= {"run", "watch", "status", "doctor", "demo", "bench"}
+    assert used <= {"run", "watch", "status", "doctor", "demo", "bench", "keys"}
 
 
 def test_the_exit_codes_of_the_troubleshooting_page_are_true(tmp_path: Path) -> None:

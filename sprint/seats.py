@@ -1,0 +1,65 @@
+"""How many subscriptions stand at once by one key or from one network, counted over all processes that serve.
+
+A table of counters in memory that the supervisor shares before it forks: a row for each process, which alone writes it,
+a column for each holder. Whoever takes a seat counts himself in first and looks at the sum after that, so two processes
+may both refuse the last seat, but never both give it. A holder's column comes from a hash with a random key: two may
+share one by chance, which makes their limit stricter, and nobody can choose whom he shares it with.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Final
+
+COLUMNS: Final = 1 << 16
+
+
+def size_for(rows: int) -> int:
+    """Bytes of a table for so many processes."""
+    return rows * COLUMNS * 4
+
+
+class Seats:
+    """One process's view of the table: all rows for reading, its own for writing."""
+
+    def __init__(self, memory: memoryview, row: int, secret: bytes) -> None:
+        """`memory` has size_for(rows) bytes; `secret`, up to 64 bytes, is the same in all processes.
+
+        Clears the row: what a process of that row held went with it when it died.
+        """
+        table = memory.cast("B").cast("I")
+        self._rows = [table[start : start + COLUMNS] for start in range(0, len(table), COLUMNS)]
+        self._own = self._rows[row]
+        self._secret = secret
+        for column in range(COLUMNS):
+            if self._own[column]:
+                self._own[column] = 0
+
+    def take(self, holder: bytes, limit: int) -> bool:
+        """Take a seat for that holder; False, and nothing taken, when he has `limit` already."""
+        column = self._column(holder)
+        self._own[column] += 1
+        if self._sum(column) <= limit:
+            return True
+        self._own[column] -= 1
+        return False
+
+    def give_back(self, holder: bytes) -> None:
+        """A seat that was taken here is free."""
+        column = self._column(holder)
+        self._own[column] -= 1
+
+    def taken(self, holder: bytes) -> int:
+        """How many seats that holder has, over all processes."""
+        return self._sum(self._column(holder))
+
+    def _sum(self, column: int) -> int:
+        return sum(row[column] for row in self._rows)
+
+    def _column(self, holder: bytes) -> int:
+        return int.from_bytes(blake2b(holder, digest_size=2, key=self._secret).digest(), "little")
+
+
+def private_seats(secret: bytes = b"") -> Seats:
+    """A table for one process by itself."""
+    return Seats(memoryview(bytearray(size_for(1))), 0, secret)

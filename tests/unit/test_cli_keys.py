@@ -1,0 +1,72 @@
+"""`sprint keys` as an operator types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sprint.cli_keys import UsageError, period_s
+from sprint.keys import FILE_NAME, KEY
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def keys(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DATA_DIR": str(data_dir), "COLUMNS": "80"}
+    command = [sys.executable, "-m", "sprint", "keys", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=data_dir, timeout=60, check=False
+    )
+
+
+def test_a_key_is_made_listed_shown_and_revoked_and_shown_in_full_once(tmp_path: Path) -> None:
+    made = keys(tmp_path, "create", "--tier", "turbo", "--name", "acme", "--expires", "30d", "--connections", "7")
+    assert made.returncode == 0
+    key = made.stdout.strip()
+    assert KEY.fullmatch(key)
+    assert "not shown again" in made.stderr
+
+    (listed,) = json.loads(keys(tmp_path, "list", "--json").stdout)
+    assert (listed["name"], listed["tier"], listed["state"], listed["connections"]) == ("acme", "turbo", "valid", 7)
+    assert listed["expires"] > listed["created"]
+    assert listed["id"] in keys(tmp_path, "list").stdout
+    shown = keys(tmp_path, "show", listed["id"])
+    assert "turbo" in shown.stdout
+    assert key not in shown.stdout
+
+    revoked = keys(tmp_path, "revoke", "acme")
+    assert revoked.returncode == 0
+    assert json.loads(keys(tmp_path, "show", "acme", "--json").stdout)["state"] == "revoked"
+    assert key.encode() not in (tmp_path / FILE_NAME).read_bytes()
+
+
+def test_what_is_wrong_is_said_in_one_line_that_names_it(tmp_path: Path) -> None:
+    for arguments, code, said in (
+        (("create", "--tier", "gold", "--name", "x"), 2, "--tier 'gold': expected one of free, pro"),
+        (("create", "--tier", "pro", "--name", "x", "--expires", "soon"), 2, "--expires 'soon'"),
+        (("create", "--tier", "pro", "--name", "\t"), 2, "name"),
+        (("revoke", "nobody"), 1, "no key has the id or name 'nobody'"),
+        (("show", ""), 1, "no key has"),
+    ):
+        answer = keys(tmp_path, *arguments)
+        assert answer.returncode == code, arguments
+        assert said in answer.stderr
+        assert answer.stderr.count("\n") == 1
+        assert not answer.stdout
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1m", 60), ("12h", 43_200), ("30d", 2_592_000), ("2w", 1_209_600)])
+def test_a_period_is_a_number_and_a_unit(text: str, seconds: int) -> None:
+    assert period_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0d", "-1d", "d", "30", "1y", "30 d", "100000d", "٣d"])
+def test_any_other_period_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        period_s(text)
