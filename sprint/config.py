@@ -19,6 +19,10 @@ from sprint.tiers import PROFILES, Tier, TierProfile
 
 ENV_FILE = ".env"
 MAX_ENV_FILE_SIZE = 65_536
+GROUPED = tuple(name for name in ("bitcoin_node", "zmq_node") if name in Settings.model_fields)
+"""What may be set for one tier alone, as TURBO_BITCOIN_NODE: instances of several tiers can share one file."""
+NAMES = {*Settings.model_fields, *(f"{tier.label}_{name}" for tier in Tier for name in GROUPED)}
+"""Every variable's name, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +68,16 @@ def load(environ: dict[str, str] | None = None, directory: Path | None = None) -
     from_file, warnings = _read_env_file((directory or Path()) / ENV_FILE)
     raw = {name: value for name, value in _known(from_file).items() if value}
     raw |= {name: value for name, value in _known(environ).items() if value}
+    spelt = _choose_group(raw)
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][0])
         message = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(field.upper(), _shown(raw.get(field, "")), message) from None
-    names = {name.upper() for name in Settings.model_fields}
+        raise ConfigError(spelt.get(field, field).upper(), _shown(raw.get(field, "")), message) from None
     unknown = (
-        f"{ENV_FILE}: {_shown(name)} is not a variable of Sprint" for name in from_file if name.upper() not in names
+        f"{ENV_FILE}: {_shown(name)} is not a variable of Sprint" for name in from_file if name.lower() not in NAMES
     )
     return _resolve(settings, environ, (*warnings, *unknown))
 
@@ -116,7 +120,15 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
 
 def _known(values: dict[str, str]) -> dict[str, str]:
     spelt = sorted(values.items(), key=lambda item: item[0].isupper())  # TIER counts before tier
-    return {name.lower(): value for name, value in spelt if name.lower() in Settings.model_fields}
+    return {name.lower(): value for name, value in spelt if name.lower() in NAMES}
+
+
+def _choose_group(raw: dict[str, str]) -> dict[str, str]:
+    """Let the tier's own nodes take the place of the common ones; by which name each was given."""
+    tier = raw.get("tier", Tier.FREE.label).strip().lower()
+    spelt = {name: own for name in GROUPED if (own := f"{tier}_{name}") in raw}
+    raw |= {name: raw[own] for name, own in spelt.items()}
+    return spelt
 
 
 def _shown(value: str) -> str:

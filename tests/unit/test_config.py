@@ -398,3 +398,24 @@ def test_the_command_s_help_names_every_variable_with_its_default(tmp_path: Path
     text = " ".join(lines)
     for variable in variables():
         assert f"{variable.name} {variable.description} Default: {variable.default}." in text
+
+
+def test_a_tiers_own_nodes_take_the_place_of_the_common_ones(tmp_path: Path) -> None:
+    common = {"BITCOIN_NODE": "common", "TURBO_BITCOIN_NODE": "turbo-1,turbo-2", "PRO_BITCOIN_NODE": "pro"}
+    for tier, hosts in (("free", ["common"]), ("pro", ["pro"]), ("turbo", ["turbo-1", "turbo-2"])):
+        loaded = load({**common, "TIER": tier}, tmp_path)
+        assert [upstream.host for upstream in loaded.upstreams] == hosts
+        assert loaded.warnings == ()
+
+
+def test_a_bad_node_of_a_tiers_own_is_named_as_it_was_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^TURBO_BITCOIN_NODE"):
+        load({"TIER": "turbo", "TURBO_BITCOIN_NODE": ","}, tmp_path)
+    assert load({"TIER": "pro", "TURBO_BITCOIN_NODE": ","}, tmp_path).upstreams  # which isn't asked for
+
+
+def test_the_environment_beats_the_file_for_a_tiers_own_nodes_too(tmp_path: Path) -> None:
+    (tmp_path / ENV_FILE).write_text("turbo_bitcoin_node=from-file\nTURBO_NETWORK=main\n", encoding="utf-8")
+    loaded = load({"TIER": "turbo", "BITCOIN_NODE": "common"}, tmp_path)
+    assert [upstream.host for upstream in loaded.upstreams] == ["from-file"]
+    assert [warning for warning in loaded.warnings if "TURBO_NETWORK" in warning]
