@@ -2,8 +2,8 @@
 
 The tier comes from the operator's record of the key and from nothing that a client says; without a key it is free. It
 is never higher than the instance's. Whatever is wrong with a key, the answer is the same, `not accepted`, and it comes
-later the more often that network was refused; a good key is admitted at once even then. A key that is revoked or expires
-while it is used ends its sessions at the next check, within about a second.
+later the more often that network was refused; a good key is admitted at once even then. A key that is revoked or that
+expires while it is used ends its sessions at the next check, within about a second.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from sprint.seats import of_key
 from sprint.tiers import NS_PER_MS, NS_PER_S, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sprint.key_book import KeyBook
+    from sprint.keys import KeyRecord
     from sprint.seats import Seats
 
 CHECK_NS: Final = NS_PER_S // 2
@@ -36,8 +38,8 @@ class Ticket:
     """One subscription's right to be served."""
 
     tier: Tier
-    key: bytes | None
-    """The hash of its key; None: without one."""
+    key: KeyRecord | None
+    """None: without one."""
     end: Callable[[], None] | None = None
     """Called when the key has been revoked or has expired; whoever holds the ticket sets it."""
 
@@ -59,21 +61,27 @@ class Admission:
         self.denied = 0
         self._highest = highest
         self._book = book
-        self._seats = seats
+        self.seats = seats
         self._tickets: dict[bytes, dict[int, Ticket]] = {}
         self._failures: dict[str, tuple[int, int]] = {}  # network → how often, and when last
+
+    @property
+    def reason(self) -> str | None:
+        """Why the keys can't be read; None: they can. Those that were read before still count."""
+        return self._book.reason
 
     def admit(self, key: str | None, network: str, now_ns: int, now_s: int) -> Ticket | Denial:
         """Judge a hello from that network. A ticket has to be given back by leave()."""
         if key is None:
             return Ticket(Tier.FREE, None)
+        self._book.refresh()  # a key works from the moment it was made
         found = self._book.look_up(key, now_s)
         if found is None:
             self.denied += 1
             return Denial(self._failed(network, now_ns))
-        if not self._seats.take(found.hash, found.connections):
+        if not self.seats.take(of_key(found.number), found.connections):
             return Denial(0, full=True)
-        ticket = Ticket(min(found.tier, self._highest), found.hash)
+        ticket = Ticket(min(found.tier, self._highest), found)
         self._tickets.setdefault(found.hash, {})[id(ticket)] = ticket
         return ticket
 
@@ -81,11 +89,11 @@ class Admission:
         """That subscription has ended."""
         if ticket.key is None:
             return
-        holders = self._tickets.get(ticket.key, {})
+        holders = self._tickets.get(ticket.key.hash, {})
         if holders.pop(id(ticket), None) is not None:
-            self._seats.give_back(ticket.key)
+            self.seats.give_back(of_key(ticket.key.number))
         if not holders:
-            self._tickets.pop(ticket.key, None)
+            self._tickets.pop(ticket.key.hash, None)
 
     def check(self, now_s: int) -> int:
         """End what is served by keys that are valid no longer; returns how many. To be called each CHECK_NS."""

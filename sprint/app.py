@@ -18,7 +18,15 @@ from sprint.api.server import ApiServer
 from sprint.app_memory import MemorySprint
 from sprint.broadcaster import Broadcaster
 from sprint.chain import HeaderChain
-from sprint.composition import announce, facts_of, log_relayed, open_header_file, session_limit
+from sprint.composition import (
+    admission,
+    announce,
+    facts_of,
+    keep_checking,
+    log_relayed,
+    open_header_file,
+    session_limit,
+)
 from sprint.deliveries.stream import StreamDelivery
 from sprint.engines.standard import StandardSprint
 from sprint.engines.turns import Turns
@@ -26,10 +34,12 @@ from sprint.errors import HostError
 from sprint.ledger import Ledger
 from sprint.relay import Relay
 from sprint.ring import Ring, RingWriter, size_for
+from sprint.seats import private_seats
 from sprint.sources.p2p import P2PSource
 from sprint.status import StatusBlock
 
 if TYPE_CHECKING:
+    from sprint.admission import Admission
     from sprint.config import Config
     from sprint.header_file import HeaderFile
 
@@ -61,13 +71,15 @@ def _serve_standard(config: Config, chain: HeaderChain, header_file: HeaderFile,
     session = secrets.randbits(63) | 1
     status = StatusBlock.create(session, facts_of(config, "standard"))
     ring = Ring.create(bytearray(size_for(config.ring_slots)), config.ring_slots, session)
+    gate = admission(config, private_seats())
     delivery = StreamDelivery(
         ring,
         status.delivery(0, "stream"),
         network=config.network.name,
-        tier_of_key=lambda _key: config.tier,
+        gate=gate,
         write_deadline_ns=config.write_deadlines_ns(),
         max_sessions=session_limit(),
+        max_sessions_per_address=config.connections_per_address,
     )
     turns = Turns(
         relay=Relay(chain),
@@ -81,17 +93,18 @@ def _serve_standard(config: Config, chain: HeaderChain, header_file: HeaderFile,
         log=log,
         on_relayed=lambda record: log_relayed(log, config.tier, record),
     )
-    asyncio.run(_run_standard(config, StandardSprint(turns), delivery, status, log))
+    asyncio.run(_run_standard(config, StandardSprint(turns), delivery, gate, status, log))
 
 
 async def _run_standard(
-    config: Config, engine: StandardSprint, delivery: StreamDelivery, status: StatusBlock, log: Any
+    config: Config, engine: StandardSprint, delivery: StreamDelivery, gate: Admission, status: StatusBlock, log: Any
 ) -> None:
     with contextlib.ExitStack() as stack:
         api = ApiServer(create_app(status), config.api_bind)
         stack.callback(api.stop)
         host, port = delivery.start(asyncio.get_running_loop(), config.stream_bind.host, config.stream_bind.port)
         stack.callback(delivery.close)
+        keep_checking(asyncio.get_running_loop(), gate, log)
         facts = status.facts
         facts["binds"] = {"api": str(api.address), "stream": f"{host}:{port}"}
         status.facts = facts

@@ -1,8 +1,12 @@
 """The process that holds the kernel bypass: compiles, attaches, proves, hands over, and mends what breaks.
 
-It alone holds the BPF links, so that a relay can die and come back without them, and so that nothing stays on the
-interface when it dies itself. It tells its state to the status block, and hands descriptors to the relay through a
-socket pair that both were forked with: when asked, and whenever it has attached anew.
+It alone holds the BPF links, so that a relay can die and come back without them, and so that nothing stays on an
+interface when it dies itself. What it holds is in one or more holdings (the capture's is in ingress); this module has
+what they share: the loop, news of links, the status, and the socket pairs by which others get descriptors.
+
+Over a socket pair, which both sides were forked with, a process asks by `<kind>?` for what one holding hands over, and
+gets it then, as soon as there is any, and whenever that has changed: one message of JSON, whose `kind` tells whose it
+is, with the descriptors; `"ended": true` when there is nothing any more.
 """
 
 from __future__ import annotations
@@ -13,154 +17,148 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sprint.composition import BYPASS_INACTIVE, LOADING
-from sprint.sources.bypass import ASK
+from sprint.composition import BYPASS_INACTIVE
+from sprint.ingress import Ingress
 from sprint.sources.capture import CaptureSource
-from sprint.tiers import NS_PER_S
-from xdp.attachment import AttachError, Attachment, attach
 from xdp.capture import Capture, Handover, close_handover
-from xdp.interfaces import LinkMonitor, interface_towards
+from xdp.interfaces import LinkMonitor
 from xdp.links import clean
-from xdp.loader import Loaded, LoadError, load
 from xdp.segments import Backend
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sprint.bitcoin.networks import Network
     from sprint.config import Config
     from sprint.status import StatusBlock
+    from xdp.interfaces import LinkChange
 
 TICK_S = 0.25
-"""How old the counters in the status may be."""
-FIRST_RETRY_NS, LAST_RETRY_NS = NS_PER_S, 60 * NS_PER_S
-SOMEWHERE_ELSE = "203.0.113.1"
-"""TEST-NET-3 (RFC 5737), which nobody has: the way there is the way to the internet."""
-BACKENDS = {"af_xdp": Backend.AF_XDP, "ringbuf": Backend.RINGBUF}
+"""How old the counters in the status may be, and how long a link that was forced off stays so."""
+MAX_ASKED = 64
+
+
+class Holding(Protocol):
+    """Something that is loaded, owned and handed over by this process."""
+
+    kind: str
+    """What it is asked for by, and what its hand-overs bear."""
+
+    def descriptors(self) -> list[int]:
+        """Which also wake the process, from its start to its end."""
+
+    def hear(self, news: Sequence[LinkChange], now_ns: int) -> None:
+        """Links have changed."""
+
+    def tend(self, now_ns: int) -> bool:
+        """Its turn, several times a second, for at most some seconds; True when its hand-over has changed."""
+
+    def handover(self) -> tuple[dict[str, Any], list[int]] | None:
+        """Facts fit for JSON, and descriptors, which stay its own; None: there is nothing now."""
+
+    def said(self) -> dict[str, Any]:
+        """Its keys of the status' `kernelBypass`."""
+
+    def close(self) -> None:
+        """Take everything off and away."""
+
+
+class _Consumer:
+    """A process at the other end of a socket pair, or its successor."""
+
+    def __init__(self, control: socket.socket) -> None:
+        control.setblocking(False)
+        self.control = control
+        self.kinds: set[str] = set()
+        """What has been asked for; a successor asks again, of the same things."""
+
+    def asked(self) -> set[str]:
+        """What is asked for now."""
+        kinds = set()
+        with suppress(OSError):
+            while message := self.control.recv(MAX_ASKED):
+                kinds.add(message.decode("ascii", "replace").removesuffix("?"))
+        self.kinds |= kinds
+        return kinds
+
+    def send(self, holding: Holding) -> None:
+        """Hand over what there is. Unread messages may fill the socket: whoever comes there next asks."""
+        found = holding.handover()
+        facts, descriptors = ({"ended": True}, []) if found is None else found
+        with suppress(OSError):
+            socket.send_fds(self.control, [json.dumps({"kind": holding.kind, **facts}).encode()], descriptors)
 
 
 class BypassProcess:
     """One process's work, from start to SIGTERM."""
 
-    def __init__(self, config: Config, status: StatusBlock, control: socket.socket, log: Any) -> None:
-        control.setblocking(False)
-        self._config = config
+    def __init__(self, config: Config, status: StatusBlock, controls: Sequence[socket.socket], log: Any) -> None:
+        """`controls`: this side of each socket pair; who is at the other matters not, only what is asked for."""
         self._status = status
-        self._control = control
         self._log = log
-        self._attachment: Attachment | None = None
-        self._loaded: Loaded | None = None
-        self._reason: str | None = LOADING
-        self._interface = config.interface
-        """The one that was tried last, where none is configured."""
-        self._retry_ns = 0
-        self._pause_ns = FIRST_RETRY_NS
+        self._consumers = [_Consumer(control) for control in controls]
+        self._holdings: list[Holding] = [Ingress(config, log)]
         self._stopping = False
 
     def run(self) -> None:
         """Attach, hand over, and watch until SIGTERM."""
         signal.signal(signal.SIGTERM, self._on_signal)
-        for left in clean():
-            self._log.warning("Removed what a killed run had left", what=str(left))
-        self._tell()
         try:
+            self._clean()
+            self._tell()
             with LinkMonitor() as monitor, selectors.DefaultSelector() as selector:
                 selector.register(monitor, selectors.EVENT_READ)
-                selector.register(self._control, selectors.EVENT_READ)
+                for consumer in self._consumers:
+                    selector.register(consumer.control, selectors.EVENT_READ, consumer)
+                for holding in self._holdings:
+                    for descriptor in holding.descriptors():
+                        selector.register(descriptor, selectors.EVENT_READ)
                 while not self._stopping:
-                    if self._attachment is None and time.monotonic_ns() >= self._retry_ns:
-                        self._try_to_attach()
+                    self._tend()
                     self._tell()
-                    for key, _ in selector.select(TICK_S):
-                        if key.fileobj is self._control:
-                            self._answer()
-                        elif any(change.name == self._interface for change in monitor.poll()):
-                            self._look_again()
+                    ready = [key for key, _ in selector.select(TICK_S)]
+                    for consumer in (key.data for key in ready if key.data is not None):
+                        self._answer(consumer)
+                    if any(key.fileobj is monitor for key in ready):
+                        news, now_ns = monitor.poll(), time.monotonic_ns()
+                        for holding in self._holdings:
+                            holding.hear(news, now_ns)
         finally:
-            self._detach()
-            if self._loaded is not None:
-                self._loaded.close()
+            for holding in self._holdings:
+                with suppress(OSError):
+                    holding.close()
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._stopping = True
 
-    def _try_to_attach(self) -> None:
-        before = self._reason
+    def _clean(self) -> None:
         try:
-            if self._loaded is None:
-                network = self._config.network
-                ports = {network.port, *(upstream.port for upstream in self._config.upstreams)}
-                self._loaded = load(network.magic, ports, every_magic=False)
-            backends = {BACKENDS[name] for name in self._config.capture}
-            self._interface = self._config.interface or default_interface(self._config.upstreams[0].host)
-            self._attachment = attach(self._loaded, self._interface, backends=backends)
-        except (AttachError, LoadError, OSError) as error:
-            self._reason = str(error)
-            # An attempt compiles, or makes links and waits for packets: not to be done all the time in vain.
-            self._retry_ns = time.monotonic_ns() + self._pause_ns
-            self._pause_ns = min(2 * self._pause_ns, LAST_RETRY_NS)
-            if self._reason != before:
-                self._log.warning("Kernel bypass inactive", reason=self._reason)
-            return
-        self._reason = self._attachment.reason
-        self._pause_ns = FIRST_RETRY_NS
-        self._log.info(
-            "Kernel bypass active",
-            interface=self._attachment.interface,
-            mode=self._attachment.mode,
-            reason=self._reason or "the first rung of the ladder",
-        )
-        self._hand_over()
+            for left in clean():
+                self._log.warning("Removed what a killed run had left", what=str(left))
+        except OSError as error:
+            self._log.warning("What a killed run had left can't be removed", reason=str(error))
 
-    def _look_again(self) -> None:
-        """The interface has changed: what was attached to it may be gone with it."""
-        self._detach()
-        self._reason = f"{self._interface} has changed: attaching anew"
-        self._retry_ns, self._pause_ns = 0, FIRST_RETRY_NS
-        with suppress(OSError):
-            self._control.send(b"{}")
+    def _tend(self) -> None:
+        for holding in self._holdings:
+            if holding.tend(time.monotonic_ns()):
+                for consumer in self._consumers:
+                    if holding.kind in consumer.kinds:
+                        consumer.send(holding)
 
-    def _detach(self) -> None:
-        if self._attachment is not None:
-            with suppress(OSError):
-                self._attachment.close()
-            self._attachment = None
-
-    def _answer(self) -> None:
-        try:
-            asked = self._control.recv(64)
-        except BlockingIOError:
-            return
-        if asked == ASK and self._attachment is not None:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        assert self._attachment is not None
-        handover = self._attachment.handover()
-        facts = asdict(handover) | {"backends": sorted(handover.backends), "baseline": dict(handover.baseline)}
-        with suppress(OSError):
-            socket.send_fds(self._control, [json.dumps(facts).encode()], handover.fds())
+    def _answer(self, consumer: _Consumer) -> None:
+        kinds = consumer.asked()
+        for holding in self._holdings:
+            if holding.kind in kinds and holding.handover() is not None:
+                consumer.send(holding)
 
     def _tell(self) -> None:
         """The contract's kernelBypass object, as it is now."""
-        said: dict[str, Any] = {**BYPASS_INACTIVE, "requested": True, "reason": self._reason}
-        attachment = self._attachment
-        if attachment is not None:
-            counted = attachment.counters()
-            said |= {"active": True, "mode": attachment.mode, "interfaces": [attachment.interface]}
-            said["ingest"] = {name: counted.get(name, 0) for name in BYPASS_INACTIVE["ingest"]}
+        said: dict[str, Any] = {**BYPASS_INACTIVE, "requested": True}
+        for holding in self._holdings:
+            said |= holding.said()
         self._status.bypass = said
-
-
-def default_interface(host: str) -> str:
-    """The interface that leads to that host; for a node on this very host, the one that leads to its peers.
-
-    Raises OSError when the host has no address, or nothing leads there.
-    """
-    address = str(socket.getaddrinfo(host, None)[0][4][0])
-    towards = interface_towards(address)
-    return towards if towards != "lo" else interface_towards(SOMEWHERE_ELSE)
 
 
 def open_capture(facts: dict[str, Any], descriptors: list[int], network: Network, status: StatusBlock) -> CaptureSource:

@@ -59,6 +59,16 @@ def _reporting() -> Iterator[None]:
         raise SystemExit(141) from None
 
 
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """A line on standard error meanwhile, if somebody looks at it."""
+    if sys.stderr.isatty():
+        with Console(stderr=True).status(what):
+            yield
+    else:
+        yield
+
+
 def _run_help() -> str:
     lines = ["Run Sprint until SIGINT or SIGTERM.", ""]
     lines += ["Configured by the environment, then by .env in the working directory:", "", "\b"]
@@ -127,24 +137,28 @@ def status(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list of findings.")] = False,
     clean: Annotated[bool, typer.Option("--clean", help="Remove what a killed run has left on this host.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Don't compile the kernel bypass's programs (3 s).")] = False,
 ) -> None:
-    """Examine what this host can do, and the remedies."""
+    """Examine what this host can do, and the remedies.
+
+    Exit code 0 when it can do what the configuration promises, else 1.
+    """
     with _reporting():
-        from sprint.doctor import as_dicts, examine, remove_leftovers  # noqa: PLC0415
+        from sprint.doctor import as_dicts, examine, exit_code, remove_leftovers  # noqa: PLC0415
+        from sprint.doctor.report import table  # noqa: PLC0415
 
         if clean:
             for line in remove_leftovers():
                 print(f"removed: {line}")
             return
-        checks = examine(config.load().upstreams)
+        loaded = config.load()
+        with _telling("Examining; compiling the kernel bypass's programs takes some seconds (--quick: not done)"):
+            findings = examine(loaded, quick=quick)
         if as_json:
-            print(json.dumps(as_dicts(checks), ensure_ascii=False, indent=2))
-            return
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for check in checks:
-            mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]--[/]"}[check.ok]
-            table.add_row(mark, check.name, check.found + (f"\n[yellow]{check.remedy}[/]" if check.remedy else ""))
-        Console().print(table)
+            print(json.dumps(as_dicts(findings), ensure_ascii=False, indent=2))
+        else:
+            Console().print(table(findings))
+        raise SystemExit(exit_code(findings))
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +15,25 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sprint import __version__
+from sprint.admission import CHECK_NS, Admission
 from sprint.durations import format_duration
 from sprint.errors import HostError
 from sprint.events import Event, State
 from sprint.header_file import HeaderFile
-from sprint.tiers import NS_PER_US, Tier
+from sprint.key_book import KeyBook
+from sprint.keys import FILE_NAME as KEY_FILE
+from sprint.seats import Seats
+from sprint.tiers import NS_PER_S, NS_PER_US, Tier
 
 if TYPE_CHECKING:
+    import asyncio
+
     from sprint.chain import HeaderChain
     from sprint.config import Config
     from sprint.record import Record
+    from sprint.ring import Ring
+    from sprint.shared_memory import SharedMemory
+    from sprint.status import StatusBlock
 
 OTHER_DESCRIPTORS = 128
 """Kept free for everything but stream sessions: files, upstreams, the API's connections."""
@@ -41,6 +52,49 @@ BYPASS_INACTIVE: dict[str, Any] = {
     "egress": dict.fromkeys(("subscribers", "sent", "dropped"), 0),
 }
 """`kernelBypass` of /api/turbo-status, where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the supervisor of the memory-optimised engine makes before the first fork, and every child has."""
+
+    config: Config
+    ring_memory: SharedMemory
+    ring: Ring
+    status: StatusBlock
+    seats_memory: SharedMemory
+    seats_secret: bytes
+    relay_cpus: frozenset[int] | None
+    other_cpus: frozenset[int] | None
+    """Both None, or the latter empty: nobody is pinned."""
+
+    def admission(self, row: int) -> Admission:
+        """The gate of the delivery worker with that row of accounts."""
+        return admission(self.config, Seats(self.seats_memory.memory, row, self.seats_secret))
+
+    def leave_relay_alone(self) -> None:
+        """Keep this process off the CPU that is the relay's own."""
+        if self.config.optimize_system and self.other_cpus:
+            os.sched_setaffinity(0, self.other_cpus)
+
+
+def admission(config: Config, seats: Seats) -> Admission:
+    """Who is served at which tier: the keys in DATA_DIR, up to the instance's own tier."""
+    return Admission(config.tier, KeyBook(config.data_dir / KEY_FILE), seats)
+
+
+def keep_checking(loop: asyncio.AbstractEventLoop, gate: Admission, log: Any, told: str | None = None) -> None:
+    """Hold the sessions of a loop against the keys, for as long as it runs; says when the keys can't be read.
+
+    `told` is what was said of them last: a file that is being written for an instant isn't worth a line.
+    """
+    before = gate.reason
+    gate.check(int(time.time()))
+    reason = gate.reason
+    if log is not None and reason is not None and reason == before and reason != told:
+        log.warning("Keys can't be read", reason=reason)
+        told = reason
+    loop.call_later(CHECK_NS / NS_PER_S, keep_checking, loop, gate, log, told)
 
 
 def announce(config: Config, log: Any) -> None:

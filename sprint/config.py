@@ -35,7 +35,8 @@ class Config:
     use_memory_channel: bool
     optimize_system: bool
     enable_kernel_bypass: bool
-    interface: str | None
+    interfaces: tuple[str, ...] | None
+    """None: those that lead to the upstreams and to the internet."""
     capture: tuple[str, ...]
     write_deadline_ns: int
     """For the instance's own tier; lower tiers keep the guide's."""
@@ -44,6 +45,11 @@ class Config:
     upstreams: tuple[Address, ...]
     api_bind: Address
     stream_bind: Address
+    zmq_nodes: tuple[Address, ...]
+    zmq_bind: Address
+    zmq_proof: str
+    """`node` or `header`."""
+    connections_per_address: int
     delivery_workers: int
     shm_socket: Path
     data_dir: Path
@@ -90,6 +96,9 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
     if len(set(upstreams)) < len(upstreams):  # as a:8333 and a are on main
         raise ConfigError("BITCOIN_NODE", _shown(",".join(nodes)), "expected each address once")
 
+    if both := set(settings.zmq_node or ()) & set(upstreams):
+        raise ConfigError("ZMQ_NODE", str(min(both)), "expected a port of its own, which BITCOIN_NODE hasn't")
+
     data_dir = settings.data_dir or _default_data_dir(environ)
 
     def switch(value: bool | None) -> bool:
@@ -102,7 +111,7 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
         use_memory_channel=switch(settings.use_memory_channel),
         optimize_system=switch(settings.optimize_system),
         enable_kernel_bypass=settings.enable_kernel_bypass,
-        interface=settings.interface,
+        interfaces=settings.interface,
         capture=settings.capture,
         write_deadline_ns=settings.write_deadline or profile.write_deadline_ns,
         ring_slots=settings.block_buffer_size or profile.ring_slots,
@@ -110,6 +119,10 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
         upstreams=upstreams,
         api_bind=settings.api_bind,
         stream_bind=settings.stream_bind,
+        zmq_nodes=settings.zmq_node or (),
+        zmq_bind=settings.zmq_bind,
+        zmq_proof=settings.zmq_proof,
+        connections_per_address=settings.connections_per_address,
         delivery_workers=settings.delivery_workers or max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) - 1)),
         shm_socket=settings.shm_socket or data_dir / "sprint.sock",
         data_dir=data_dir,

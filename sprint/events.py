@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 
 class Source(IntEnum):
@@ -53,9 +54,11 @@ class State(IntFlag):
     CATCHUP = 1 << 7
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """One peer's claim that one block exists. Nothing about it is proven yet."""
+class Sighting(NamedTuple):
+    """One peer's claim that one block exists. Nothing about it is proven yet.
+
+    A named tuple, because making a frozen dataclass of nine fields takes a tenth of the time from packet to hash.
+    """
 
     source: Source
     peer: str
@@ -104,6 +107,25 @@ class PeerGone:
 
     source: Source
     peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesMissed:
+    """A peer said something that didn't reach us, as a gap in its numbers or a new connection tells."""
+
+    source: Source
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRebuilt:
+    """A whole block is at hand: its merkle root and its witness commitment have been checked."""
+
+    hash: bytes
+    """32 bytes, wire order."""
+    transactions: int
+    size: int
+    """Bytes of the whole block, witnesses included."""
 
 
 @dataclass(frozen=True, slots=True)

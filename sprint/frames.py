@@ -1,8 +1,8 @@
 """The stream's framing, shared by server and client: binary frames, and one JSON line an event.
 
 A frame is `u32 length, u8 type, body`, little-endian; `length` counts the type's byte and the body, not itself. The
-bodies: type 1 a record of 192 bytes, type 2 what was lost, type 3 a heartbeat. docs/wire-format.md has them byte by
-byte. Pure: bytes and values in, bytes and values out.
+bodies: type 1 a record of 192 bytes, type 2 what was lost, type 3 a heartbeat, type 4 whether records come by UDP.
+docs/wire-format.md has them byte by byte. Pure: bytes and values in, bytes and values out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class FrameType(IntEnum):
     RECORD = 1
     LOST = 2
     HEARTBEAT = 3
+    UDP = 4
 
 
 class Format(IntEnum):
@@ -47,11 +48,13 @@ HEAD: Final = struct.Struct("<IB")
 _LENGTH: Final = struct.Struct("<I")
 _LOST: Final = struct.Struct("<QQ")
 _HEARTBEAT: Final = struct.Struct("<QQQ")
+_UDP: Final = struct.Struct("<BB6xQ")
 _RECORD_HEAD: Final = HEAD.pack(1 + RECORD_SIZE, FrameType.RECORD)
 _BODY_SIZES: Final = {
     FrameType.RECORD: RECORD_SIZE,
     FrameType.LOST: _LOST.size,
     FrameType.HEARTBEAT: _HEARTBEAT.size,
+    FrameType.UDP: _UDP.size,
 }
 
 
@@ -65,7 +68,43 @@ class Heartbeat:
     wall_ns: int
 
 
-Item = Record | Lapped | Heartbeat
+class UdpState(IntEnum):
+    """Which way a subscriber's records come."""
+
+    ACTIVE = 1
+    """By UDP."""
+    INACTIVE = 2
+    """On this connection."""
+
+
+class UdpReason(IntEnum):
+    """Why they don't, or no longer, come by UDP."""
+
+    NONE = 0
+    LAPSED = 1
+    """No keep-alive came for too long."""
+    UNPROVEN = 2
+    """No echo of a cookie came."""
+    FULL = 3
+    """There are too many UDP subscribers, on this server or behind this address."""
+    RESTARTED = 4
+    """The server's UDP side began anew, and asks for the proof again."""
+    UNREACHABLE = 5
+    """This host can't send to that address."""
+    REPLACED = 6
+    """Another session has proven the same address."""
+
+
+@dataclass(frozen=True, slots=True)
+class UdpChange:
+    """From record `next` on, records come that way."""
+
+    state: UdpState
+    reason: UdpReason
+    next: int
+
+
+Item = Record | Lapped | Heartbeat | UdpChange
 """What a frame says."""
 
 
@@ -94,6 +133,20 @@ def heartbeat_frame(heartbeat: Heartbeat, form: Format) -> bytes:
             "session": f"{heartbeat.session:016x}",
             "seq": heartbeat.sequence,
             "time": heartbeat.wall_ns / 1_000_000_000,
+        }
+    )
+
+
+def udp_frame(change: UdpChange, form: Format) -> bytes:
+    """The frame that tells a subscriber which way its records come from now on."""
+    if form is Format.BINARY:
+        return HEAD.pack(1 + _UDP.size, FrameType.UDP) + _UDP.pack(change.state, change.reason, change.next)
+    return json_line(
+        {
+            "event": "udp",
+            "state": change.state.name.lower(),
+            "reason": change.reason.name.lower() if change.reason else None,
+            "next": change.next,
         }
     )
 
@@ -162,4 +215,10 @@ def _decode(number: int, body: bytes) -> Item | None:
         return decode_record(body)
     if kind is FrameType.LOST:
         return Lapped(*_LOST.unpack(body))
+    if kind is FrameType.UDP:
+        state, reason, following = _UDP.unpack(body)
+        try:
+            return UdpChange(UdpState(state), UdpReason(reason), following)
+        except ValueError as error:
+            raise RemoteProtocolError(f"frame of type {number}: {error}") from None
     return Heartbeat(*_HEARTBEAT.unpack(body))

@@ -1,7 +1,7 @@
 """Which keys are valid, as the processes that serve subscribers know it: in memory, brought up to date once a second.
 
-A look-up touches no file, so that no subscriber's hello makes the loop that publishes blocks wait for a disk. The time
-it takes doesn't tell whether a key exists: every text is hashed, the hash is looked up, and what is found, or a
+A refresh that finds nothing new costs microseconds, and a look-up touches no file, so that no subscriber's hello makes
+the loop that publishes blocks wait. The time a look-up takes doesn't tell whether a key exists: every text is hashed, the hash is looked up, and what is found, or a
 stand-in, is compared and judged in the same steps.
 """
 
@@ -18,7 +18,7 @@ from sprint.tiers import Tier
 if TYPE_CHECKING:
     from pathlib import Path
 
-_STAND_IN: Final = KeyRecord(bytes(32), "", Tier.FREE, 0, 0, NEVER, revoked_s=1)
+_STAND_IN: Final = KeyRecord(0, bytes(32), "", Tier.FREE, 0, 0, NEVER, revoked_s=1)
 """What an unknown key is judged by; its hash is nobody's, and it has been revoked."""
 
 

@@ -41,7 +41,8 @@ _VERSION: Final = 1
 _BUSY_S: Final = 5.0
 _SCHEMA: Final = """
     CREATE TABLE keys (
-        hash BLOB PRIMARY KEY CHECK (length(hash) = 32),
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        hash BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),
         name TEXT NOT NULL,
         tier TEXT NOT NULL,
         connections INTEGER NOT NULL,
@@ -49,14 +50,15 @@ _SCHEMA: Final = """
         expires_s INTEGER NOT NULL,
         revoked_s INTEGER NOT NULL,
         changed INTEGER NOT NULL
-    ) WITHOUT ROWID;
+    );
     CREATE INDEX keys_changed ON keys (changed);
 """
 _SELECT_ALL: Final = """
-    SELECT hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys ORDER BY created_s, changed, hash
+    SELECT number, hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys ORDER BY number
 """
 _SELECT_CHANGED: Final = """
-    SELECT hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys WHERE changed > ? AND changed <= ?
+    SELECT number, hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys
+    WHERE changed > ? AND changed <= ?
 """
 
 
@@ -64,6 +66,8 @@ _SELECT_CHANGED: Final = """
 class KeyRecord:
     """What the operator keeps of one key. Times are seconds since the epoch."""
 
+    number: int
+    """Counts keys from 1."""
     hash: bytes
     """SHA-256 of the key's text."""
     name: str
@@ -136,7 +140,7 @@ class KeyStore:
         key = PREFIX + secrets.token_hex(32)
         with self._changing() as changed:
             self._database.execute(
-                "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO keys VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (hash_of(key), name, tier.label, connections, now_s, expires_s, NEVER, changed),
             )
         return key
@@ -190,14 +194,14 @@ class KeyStore:
             raise HostError(f"keys in {self._path}: {error}") from None
 
 
-def record_of(row: tuple[bytes, str, str, int, int, int, int]) -> KeyRecord:
+def record_of(row: tuple[int, bytes, str, str, int, int, int, int]) -> KeyRecord:
     """What a row of the two selections says. Raises sqlite3.DatabaseError for a tier that Sprint doesn't know."""
-    digest, name, label, *numbers = row
+    number, digest, name, label, *numbers = row
     try:
         tier = Tier.from_label(label)
     except KeyError:
         raise sqlite3.DatabaseError(f"tier {label!r} of key {digest.hex()[:ID_DIGITS]} is unknown") from None
-    return KeyRecord(digest, name, tier, *numbers)
+    return KeyRecord(number, digest, name, tier, *numbers)
 
 
 def check_version(path: Path, found: int) -> None:

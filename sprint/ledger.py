@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from sprint.chain import Reject
 from sprint.events import Event, State
+from sprint.histograms import Histogram
 from sprint.relay import Outcome
-from sprint.status import BLOCKS, MARKS, PEERS, Histogram, writing
+from sprint.status import BLOCKS, MARKS, PEERS, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,8 +9,8 @@ packets are not authenticated. Pure: knows no flow's state; where messages start
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from struct import Struct
 from typing import TYPE_CHECKING
@@ -40,8 +40,13 @@ MAX_TOLD = 4_096
 
 FRAME = Struct("<4s12sI4s")
 """Magic, command, length and checksum."""
+_COMPACT = Struct("<4s12sI4s80s8xBH")
+"""The same, and of a compact block its header, and what the number of its short ids is in as a rule (BIP152)."""
+_COMPACT_SIZE = _COMPACT.size
+_COMPACT_U16 = 253  # what a compact size of two bytes begins with
 _COMMAND = re.compile(rb"[\x21-\x7e]{1,12}\x00*")
 _BITS_OFFSET = 72
+_CMPCTBLOCK, _CAPTURE = Announcement.CMPCTBLOCK, Source.CAPTURE
 _MASK = 0xFFFF_FFFF
 _HALF = 1 << 31
 
@@ -73,6 +78,17 @@ KINDS: dict[bytes, Kind] = {
     )
 }
 """By the command as it stands in the frame."""
+
+
+_COMPACT_COMMAND = b"cmpctblock\0\0"
+_COMPACT_LEAST = KINDS[_COMPACT_COMMAND].least
+_make = tuple.__new__  # a named tuple's own constructor takes twice as long
+
+
+@lru_cache(maxsize=256)
+def _target(bits: bytes) -> bytes:
+    """The target of nBits, as its four bytes stand in a header; 32 bytes, the highest first."""
+    return target_of(U32.unpack(bits)[0]).to_bytes(32, "big")
 
 
 def is_command(raw: bytes) -> bool:
@@ -150,10 +166,43 @@ class Announcements:
         self.counters = Counters()
         self._magic = magic
         self._peer = peer
-        self._told: OrderedDict[tuple[Flow, int, bytes], None] = OrderedDict()
+        self._told: dict[tuple[Flow, int, bytes], None] = {}
 
     def glance(self, segment: Segment, now_ns: int) -> Sequence[Sighting]:
         """The hot path: what the message at the very start of a segment announces, if enough of it is there."""
+        _, arrival_ns, flow, sequence, _, _, payload = segment
+        size = len(payload)
+        if size < _COMPACT_SIZE:
+            return self._glance(segment, now_ns)
+        magic, command, length, _, header, count, more = _COMPACT.unpack_from(payload)
+        if command != _COMPACT_COMMAND or magic != self._magic or not _COMPACT_LEAST <= length <= MAX_PAYLOAD_SIZE:
+            return self._glance(segment, now_ns)
+        # From here on the same as early(), in one piece: each call of a function costs a tenth of all this.
+        block_hash = sha256(sha256(header).digest()).digest()
+        if block_hash[::-1] > _target(header[_BITS_OFFSET : _BITS_OFFSET + 4]):
+            self.counters.unproven += 1
+            return ()
+        if not self._is_new(flow, sequence, block_hash):
+            return ()
+        if count < _COMPACT_U16:
+            behind = _COMPACT_SIZE - 2 + count * SHORT_ID_SIZE
+        elif count == _COMPACT_U16 <= more <= MAX_BLOCK_TRANSACTIONS:
+            count, behind = more, _COMPACT_SIZE + more * SHORT_ID_SIZE
+        else:
+            behind = 0
+        end = min(FRAME_HEADER_SIZE + length, size)
+        if behind < end:
+            count = _compact_transactions(payload, FRAME_HEADER_SIZE + SHORT_IDS_OFFSET, end)
+        elif count:
+            count += 1  # the coinbase
+        return (
+            _make(
+                Sighting, (_CAPTURE, self._peer, _CMPCTBLOCK, block_hash, header, arrival_ns or now_ns, count, 0, False)
+            ),
+        )
+
+    def _glance(self, segment: Segment, now_ns: int) -> Sequence[Sighting]:
+        """Any kind of announcement, and any size."""
         _, arrival_ns, flow, sequence, _, _, payload = segment
         size = len(payload)
         if size < FRAME_HEADER_SIZE:
@@ -179,21 +228,17 @@ class Announcements:
         """
         header = bytes(data[at + FRAME_HEADER_SIZE : at + EARLY_SIZE])
         block_hash = sha256(sha256(header).digest()).digest()
-        if int.from_bytes(block_hash, "little") > target_of(U32.unpack_from(header, _BITS_OFFSET)[0]):
+        if block_hash[::-1] > _target(header[_BITS_OFFSET : _BITS_OFFSET + 4]):
             self.counters.unproven += 1
             return ()
         if not self._is_new(flow, start, block_hash):
             return ()
         end = min(at + FRAME_HEADER_SIZE + length, len(data))
-        if kind.announcement is Announcement.CMPCTBLOCK:
+        if kind.announcement is _CMPCTBLOCK:
             transactions, size = _compact_transactions(data, at + FRAME_HEADER_SIZE + SHORT_IDS_OFFSET, end), 0
         else:
             transactions, size = _count(data, at + EARLY_SIZE, end)[0], length
-        return (
-            Sighting(
-                Source.CAPTURE, self._peer, kind.announcement, block_hash, header, seen_ns, transactions, size
-            ),
-        )  # fmt: skip
+        return (Sighting(_CAPTURE, self._peer, kind.announcement, block_hash, header, seen_ns, transactions, size),)
 
     def whole(
         self, flow: Flow, start: int, kind: Kind, payload: bytes, checksum: bytes, seen_ns: int
@@ -227,7 +272,7 @@ class Announcements:
             return False
         told[key] = None
         if len(told) > MAX_TOLD:
-            told.popitem(last=False)
+            del told[next(iter(told))]
         self.counters.sightings += 1
         return True
 

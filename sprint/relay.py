@@ -12,21 +12,23 @@ without a header, and the blocks whose state is remembered.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from sprint.bitcoin.block import HEADER_SIZE, double_sha256
 from sprint.bitcoin.difficulty import MAX_FUTURE_S
 from sprint.chain import Accepted, HeaderChain, Reject, Reorg
-from sprint.events import Announcement, Block, Event, HeaderRun, PeerGone, PeerReady, Sighting, Source, State, Want
+from sprint.events import Announcement, Event, HeaderRun, Sighting, Source, State
 from sprint.handover import take_over
+from sprint.known import Known
 from sprint.sync import HeaderSync
 from sprint.tiers import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from sprint.events import Block, BlockRebuilt, MessagesMissed, PeerGone, PeerReady, Want
     from sprint.record import Record
 
 RECENT_BLOCKS = 4_096
@@ -60,21 +62,6 @@ class Decision:
     """An earlier line was about the same sighting: it had been held, or its hash asked about."""
 
 
-@dataclass(slots=True)
-class _Known:
-    hash: bytes
-    header: bytes
-    height: int
-    next_bits: int
-    median_time_past: int
-    state: State
-    source: Source
-    peer: str
-    transactions: int
-    size: int
-    seen_ns: int
-
-
 class Relay:
     """Decides what is published. offer(), offer_run() and on_timer() return the blocks to publish, in order."""
 
@@ -82,7 +69,7 @@ class Relay:
         self.chain = chain
         self.sync = HeaderSync(chain)
         self._recent_blocks = recent_blocks
-        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._known: OrderedDict[bytes, Known] = OrderedDict()
         self._claims: OrderedDict[bytes, Sighting] = OrderedDict()
         self._held: OrderedDict[bytes, tuple[Sighting, int, int]] = OrderedDict()
         """hash → sighting, when it is given up, when it is worth another try by itself (0: with its parent only)."""
@@ -135,7 +122,7 @@ class Relay:
         self._unsaved, self._pretenders = self._unsaved + left.headers, left.pretenders
         for record in {record.hash: record for record in records}.values():  # of each block the newest
             state = record.state & ~State.BEST | (State.BEST if chain.is_best(record.hash) else State(0))
-            self._remember(_Known(
+            self._remember(Known(
                 record.hash, record.header, record.height, record.next_bits, record.median_time_past, state,
                 record.source, "", record.transactions, record.size, record.seen_ns,
             ))  # fmt: skip
@@ -213,6 +200,19 @@ class Relay:
             blocks += self._release([*arrived, last_hash or b""], now_ns, wall_ns)
         return blocks
 
+    def missed(self, missed: MessagesMissed, now_ns: int) -> None:
+        """A peer's words were lost on the way: everybody who can be asked for headers is."""
+        self.sync.ask(missed.peer, now_ns)
+
+    def rebuilt(self, rebuilt: BlockRebuilt, wall_ns: int) -> Sequence[Block]:
+        """A block is at hand as a whole: REBUILT, once, with the size and the count of transactions that it has."""
+        known = self._known.get(rebuilt.hash)
+        if known is None or known.state & State.REBUILT:
+            return ()
+        known.state |= State.REBUILT
+        known.transactions, known.size = rebuilt.transactions, rebuilt.size
+        return (known.told(Event.REBUILT, wall_ns),)
+
     def deadline(self) -> int | None:
         """When on_timer has something to do, CLOCK_MONOTONIC ns."""
         times = [min(until, again or until) for _, until, again in self._held.values()]
@@ -247,7 +247,7 @@ class Relay:
     def _claim(self, sighting: Sighting) -> None:
         first = self._claims.setdefault(sighting.hash, sighting)
         if sighting.validated and not first.validated:
-            self._claims[sighting.hash] = replace(first, validated=True)
+            self._claims[sighting.hash] = first._replace(validated=True)
         if len(self._claims) > MAX_CLAIMS:
             self._claims.popitem(last=False)
 
@@ -312,7 +312,7 @@ class Relay:
             blocks += self._release([sighting.hash], now_ns, wall_ns)
         return blocks
 
-    def _prove(self, sighting: Sighting, accepted: Accepted, wall_ns: int, extra: State) -> tuple[_Known, list[Block]]:
+    def _prove(self, sighting: Sighting, accepted: Accepted, wall_ns: int, extra: State) -> tuple[Known, list[Block]]:
         """PROVEN, and STALE for every block that is no longer on the best chain."""
         state = State.PROVEN | extra
         if accepted.best:
@@ -321,13 +321,13 @@ class Relay:
         if reorg is not None:
             state |= State.REORG
         chain, block_hash = self.chain, sighting.hash
-        known = _Known(
+        known = Known(
             block_hash, sighting.header or b"", accepted.height, chain.next_bits(block_hash),
             chain.median_time_past(block_hash), state, sighting.source, sighting.peer, sighting.transactions,
             sighting.size, sighting.seen_ns,
         )  # fmt: skip
         self._remember(known)
-        block = self._block(Event.PROVEN, known, wall_ns, reorg.fork_height if reorg else 0)
+        block = known.told(Event.PROVEN, wall_ns, reorg.fork_height if reorg else 0)
         blocks = [block, *self._losers(reorg, wall_ns)]
         if self._pretenders and accepted.best:
             lost, self._pretenders = [one for one in self._pretenders if not chain.is_best(one)], ()
@@ -351,19 +351,19 @@ class Relay:
             header, height = chain.header_of(block_hash), chain.height_of(block_hash)
             if header is None or height is None:  # undone so deep down that the chain doesn't keep it
                 return None
-            known = _Known(
+            known = Known(
                 block_hash, header, height, chain.next_bits(block_hash), chain.median_time_past(block_hash),
                 State.PROVEN, Source.P2P, "", 0, 0, 0,
             )  # fmt: skip
             self._remember(known)
         known.state = (known.state | State.STALE) & ~State.BEST
         self.sync.unfollow(block_hash)
-        return self._block(Event.STALE, known, wall_ns)
+        return known.told(Event.STALE, wall_ns)
 
-    def _validate(self, known: _Known, wall_ns: int) -> list[Block]:
+    def _validate(self, known: Known, wall_ns: int) -> list[Block]:
         """VALIDATED for the ancestors that wait for it, then for the block: one can't be without the others."""
-        waiting: list[_Known] = []
-        block: _Known | None = known
+        waiting: list[Known] = []
+        block: Known | None = known
         while block is not None and not block.state & State.VALIDATED:
             waiting.append(block)
             block = self._known.get(block.header[4:36])
@@ -371,17 +371,10 @@ class Relay:
         for block in reversed(waiting):
             block.state |= State.VALIDATED
             self.sync.unfollow(block.hash)
-            blocks.append(self._block(Event.VALIDATED, block, wall_ns))
+            blocks.append(block.told(Event.VALIDATED, wall_ns))
         return blocks
 
-    def _block(self, event: Event, known: _Known, wall_ns: int, fork_height: int = 0) -> Block:
-        # From memory, not from the chain, which may have given up a side header by now.
-        return Block(
-            event, known.state, known.source, known.peer, known.hash, known.header, known.height, fork_height,
-            known.next_bits, known.median_time_past, known.transactions, known.size, wall_ns, known.seen_ns,
-        )  # fmt: skip
-
-    def _remember(self, known: _Known) -> None:
+    def _remember(self, known: Known) -> None:
         self._known[known.hash] = known
         if len(self._known) > self._recent_blocks:
             gone, _ = self._known.popitem(last=False)

@@ -2,8 +2,9 @@
 
 A table of counters in memory that the supervisor shares before it forks: a row for each process, which alone writes it,
 a column for each holder. Whoever takes a seat counts himself in first and looks at the sum after that, so two processes
-may both refuse the last seat, but never both give it. A holder's column comes from a hash with a random key: two may
-share one by chance, which makes their limit stricter, and nobody can choose whom he shares it with.
+may both refuse the last seat, but never both give it. A key has the column of its number, which is its own up to 65,536
+keys. A network's comes from a hash with a random key: two may share one by chance, which makes their limit stricter,
+and nobody can choose whom he shares it with.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import Final
 
-COLUMNS: Final = 1 << 16
+KEYS: Final = 1 << 16
+NETWORKS: Final = 1 << 16
+COLUMNS: Final = KEYS + NETWORKS
 
 
 def size_for(rows: int) -> int:
@@ -31,33 +34,33 @@ class Seats:
         self._rows = [table[start : start + COLUMNS] for start in range(0, len(table), COLUMNS)]
         self._own = self._rows[row]
         self._secret = secret
-        for column in range(COLUMNS):
-            if self._own[column]:
-                self._own[column] = 0
+        self._own[:] = memoryview(bytes(4 * COLUMNS)).cast("I")
 
-    def take(self, holder: bytes, limit: int) -> bool:
-        """Take a seat for that holder; False, and nothing taken, when he has `limit` already."""
-        column = self._column(holder)
+    def of_network(self, network: str) -> int:
+        """The column of a network."""
+        digest = blake2b(network.encode(), digest_size=2, key=self._secret).digest()
+        return KEYS + int.from_bytes(digest, "little")
+
+    def take(self, column: int, limit: int) -> bool:
+        """Take a seat for that column's holder; False, and nothing taken, when he has `limit` already."""
         self._own[column] += 1
-        if self._sum(column) <= limit:
+        if self.taken(column) <= limit:
             return True
         self._own[column] -= 1
         return False
 
-    def give_back(self, holder: bytes) -> None:
+    def give_back(self, column: int) -> None:
         """A seat that was taken here is free."""
-        column = self._column(holder)
         self._own[column] -= 1
 
-    def taken(self, holder: bytes) -> int:
-        """How many seats that holder has, over all processes."""
-        return self._sum(self._column(holder))
-
-    def _sum(self, column: int) -> int:
+    def taken(self, column: int) -> int:
+        """How many seats that column's holder has, over all processes."""
         return sum(row[column] for row in self._rows)
 
-    def _column(self, holder: bytes) -> int:
-        return int.from_bytes(blake2b(holder, digest_size=2, key=self._secret).digest(), "little")
+
+def of_key(number: int) -> int:
+    """The column of a key, by its number in the store."""
+    return number % KEYS
 
 
 def private_seats(secret: bytes = b"") -> Seats:

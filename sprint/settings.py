@@ -21,6 +21,11 @@ from sprint.tiers import NS_PER_S, NS_PER_US, PROFILES, Tier, TierProfile
 
 MAX_UPSTREAMS = 16
 CAPTURES = ("af_xdp", "ringbuf")
+MAX_INTERFACES = 8
+"""Each one's state has to fit into the status block, and each costs every packet on it some 20 ns."""
+MAX_CONNECTIONS = 1_000_000
+MAX_PUBLISHERS = 8
+ZMQ_PROOFS = ("node", "header")
 MAX_WORKERS = 8
 """The status block has room for them, and a ninth core is better spent on another instance."""
 MIN_WRITE_DEADLINE_NS = 10 * NS_PER_US
@@ -79,6 +84,20 @@ def _nodes(value: Any) -> tuple[str, ...]:
     return nodes
 
 
+def _publishers(value: Any) -> tuple[Address, ...]:
+    nodes = tuple(parse_address(part.strip()) for part in str(value).split(","))
+    if len(nodes) > MAX_PUBLISHERS or len(set(nodes)) < len(nodes):
+        raise ValueError(f"expected 1 to {MAX_PUBLISHERS} addresses, separated by commas, each once")
+    return nodes
+
+
+def _zmq_proof(value: Any) -> str:
+    proof = str(value).strip().lower()
+    if proof not in ZMQ_PROOFS:
+        raise ValueError(f"expected {' or '.join(ZMQ_PROOFS)}")
+    return proof
+
+
 def _bind(value: Any) -> Address:
     return parse_address(str(value), lowest_port=0)
 
@@ -93,11 +112,14 @@ def _path(value: Any) -> Path:
         raise ValueError("expected a folder's path; there is no home directory for ~") from None
 
 
-def _interface(value: Any) -> str:
-    name = str(value).strip()
-    if not re.fullmatch(r"[!-.0-9:-~]{1,15}", name, re.ASCII) or name in (".", "..", "lo"):
-        raise ValueError("expected an interface's name, and not lo")
-    return name
+def _interfaces(value: Any) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in str(value).split(","))
+    # Linux takes any letter but / and white space, and 15 of them; a comma can't be written here.
+    if not all(re.fullmatch(r"[!-.0-9:-~]{1,15}", name, re.ASCII) and name not in (".", "..", "lo") for name in names):
+        raise ValueError("expected names of interfaces, separated by commas, and not lo")
+    if len(set(names)) < len(names) or len(names) > MAX_INTERFACES:
+        raise ValueError(f"expected 1 to {MAX_INTERFACES} interfaces, each once")
+    return names
 
 
 def _capture(value: Any) -> tuple[str, ...]:
@@ -111,6 +133,13 @@ def _workers(value: Any) -> int:
     text = str(value).strip()
     if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not 1 <= int(text) <= MAX_WORKERS:
         raise ValueError(f"expected a whole number from 1 to {MAX_WORKERS}")
+    return int(text)
+
+
+def _connections(value: Any) -> int:
+    text = str(value).strip()
+    if not re.fullmatch(r"\d{1,7}", text, re.ASCII) or not 1 <= int(text) <= MAX_CONNECTIONS:
+        raise ValueError(f"expected a whole number from 1 to {MAX_CONNECTIONS}")
     return int(text)
 
 
@@ -164,10 +193,10 @@ class Settings(BaseModel):
     enable_kernel_bypass: Annotated[bool, BeforeValidator(_switch)] = Field(
         False, description="Ask for the kernel bypass; it takes effect on enterprise only.", examples=["false"]
     )
-    interface: Annotated[str, BeforeValidator(_interface)] | None = Field(
+    interface: Annotated[tuple[str, ...], BeforeValidator(_interfaces)] | None = Field(
         None,
-        description="The network interface whose packets the kernel bypass looks at; never lo.",
-        examples=["the one that leads to the first of BITCOIN_NODE, or from this host to the internet"],
+        description="The network interfaces whose packets the kernel bypass looks at, separated by commas; never lo.",
+        examples=["those that lead to the internet and to BITCOIN_NODE"],
     )
     capture: Annotated[tuple[str, ...], BeforeValidator(_capture)] = Field(
         ("af_xdp", "ringbuf"),
@@ -188,11 +217,29 @@ class Settings(BaseModel):
         description="The nodes to hear from, host:port, separated by commas; several race each other.",
         examples=["127.0.0.1 and the network's port"],
     )
+    zmq_node: Annotated[tuple[Address, ...], BeforeValidator(_publishers)] | None = Field(
+        None,
+        description="Where nodes publish hashblock and rawblock by ZMQ, host:port, separated by commas.",
+        examples=["none"],
+    )
     api_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
         Address("127.0.0.1", 8080), description="Where the HTTP API listens.", examples=["127.0.0.1:8080"]
     )
     stream_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
         Address("127.0.0.1", 8434), description="Where stream subscribers connect.", examples=["127.0.0.1:8434"]
+    )
+    zmq_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
+        Address("127.0.0.1", 28434),
+        description="Where Sprint publishes by ZMQ what Bitcoin Core publishes.",
+        examples=["127.0.0.1:28434"],
+    )
+    zmq_proof: Annotated[str, BeforeValidator(_zmq_proof)] = Field(
+        "node",
+        description="When hashblock and rawblock go out: node, when a node has connected the block; header, when proven.",
+        examples=["node"],
+    )
+    connections_per_address: Annotated[int, BeforeValidator(_connections)] = Field(
+        1024, description="How many stream connections one address (of IPv6, one /64) may have.", examples=["1024"]
     )
     delivery_workers: Annotated[int, BeforeValidator(_workers)] | None = Field(
         None,

@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from sprint.histograms import HistogramData
 from sprint.record import SIZE as RECORD_SIZE
 
 if TYPE_CHECKING:
@@ -33,21 +34,13 @@ REASONS: Final = 16
 DELIVERIES: Final = 16
 PROCESSES: Final = 20
 STEPS: Final = 8
-BYPASS_SIZE: Final = 2048
+BYPASS_SIZE: Final = 4096
 TIERS: Final = 5
-HISTOGRAM_BUCKETS: Final = 192
-_HISTOGRAM_SHIFT: Final = 9
 FACTS_SIZE: Final = 8192
 
 
 class _Section(ctypes.LittleEndianStructure):
     _pack_ = 8
-
-
-class HistogramData(_Section):
-    """Counts by latency. Bucket widths grow with the value: none is wider than an eighth of it, from 4 µs to 34 s."""
-
-    _fields_ = (("count", u64), ("sum_ns", u64), ("max_ns", u64), ("buckets", u64 * HISTOGRAM_BUCKETS))
 
 
 class Relay(_Section):
@@ -97,6 +90,8 @@ class Peer(_Section):
         ("rtt_ns", u64),
         ("bytes_received", u64),
         ("skipped_messages", u64),
+        ("lost_messages", u64),
+        ("silent_ns", u64),
     )
 
 
@@ -133,6 +128,7 @@ class TierAccounts(_Section):
         ("dropped", u64),
         ("overwritten", u64),
         ("replayed", u64),
+        ("repaired", u64),
         ("lost_notices", u64),
         ("over_target", u64),
         ("buffer_used", u64),
@@ -155,6 +151,28 @@ class Delivery(_Section):
         ("processing", HistogramData),
         ("tiers", TierAccounts * TIERS),
     )
+
+
+class Udp(_Section):
+    """What the UDP side refused and ended, written by the process that has its socket."""
+
+    _fields_ = (
+        ("challenges", u64),
+        ("suppressed", u64),
+        ("refused", u64),
+        ("unknown", u64),
+        ("garbage", u64),
+        ("full", u64),
+        ("lapsed", u64),
+        ("unproven", u64),
+        ("by_fanout", u64),
+    )
+
+
+class Egress(_Section):
+    """What the fan-out did, in one system call a record, written by the relay's process."""
+
+    _fields_ = (("active", u64), ("runs", u64), ("attempted", u64), ("sent", u64), ("dropped", u64))
 
 
 class Process(_Section):
@@ -193,6 +211,8 @@ class Layout(_Section):
         ("processes", Process * PROCESSES),
         ("steps", Step * STEPS),
         ("bypass", Bypass),
+        ("udp", Udp),
+        ("egress", Egress),
     )
 
 
@@ -342,55 +362,3 @@ def consistent(row: _S) -> _S:
             copy.version |= 1
             return copy
         time.sleep(0)  # in one process the writer needs the interpreter to finish
-
-
-class Histogram:
-    """The writer's quick hold on one HistogramData: record() costs two stores and an addition."""
-
-    __slots__ = ("_words",)
-
-    def __init__(self, data: HistogramData) -> None:
-        self._words = memoryview(data).cast("B").cast("Q")
-
-    def record(self, ns: int) -> None:
-        """Count one latency, in nanoseconds; a negative one (clocks of two hosts) counts as 0."""
-        words = self._words
-        words[0] += 1
-        if ns > 0:
-            words[1] += ns
-            words[2] = max(words[2], ns)
-            words[3 + bucket_of(ns)] += 1
-        else:
-            words[3] += 1
-
-
-def bucket_of(ns: int) -> int:
-    """The bucket in which a latency is counted."""
-    value = ns >> _HISTOGRAM_SHIFT
-    shift = value.bit_length() - 4
-    bucket = value if shift <= 0 else (shift << 3) + (value >> shift)
-    return bucket if bucket < HISTOGRAM_BUCKETS else HISTOGRAM_BUCKETS - 1
-
-
-def bucket_upper_ns(bucket: int) -> int:
-    """The smallest latency that is too large for that bucket."""
-    shift = (bucket >> 3) - 1
-    if shift <= 0:
-        return (bucket + 1) << _HISTOGRAM_SHIFT
-    return ((bucket & 7) + 9) << (shift + _HISTOGRAM_SHIFT)
-
-
-def quantile_ns(data: HistogramData, share: float) -> int | None:
-    """The latency that `share` of the counted ones stay under, to a bucket's width; None when nothing was counted."""
-    counts = list(data.buckets)
-    total = sum(counts)
-    if not total:
-        return None
-    seen = 0
-    for bucket, count in enumerate(counts):
-        seen += count
-        if count and seen >= share * total:
-            if bucket == HISTOGRAM_BUCKETS - 1:  # which has no upper end
-                break
-            return min(bucket_upper_ns(bucket), max(int(data.max_ns), 1))
-    return int(data.max_ns)

@@ -16,7 +16,7 @@ import os
 import select
 import struct
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from xdp import kernel
 from xdp.frames import FLAGS, parse_frame
@@ -30,12 +30,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
+    class Mirror(Protocol):
+        """What a Capture needs of an Xsk while it runs."""
+
+        def peek(self, limit: int) -> list[memoryview]:
+            """Frames that came."""
+
+        def release(self) -> None:
+            """Give them back."""
+
+        def close(self) -> None:
+            """Unmap."""
+
+
 BATCH = 64
 """Segments of one poll and backend: bounds the time until the caller sees the first."""
 _ENTRY = COMMON.layouts["express_entry"]
 _STAMP = COMMON.layouts["mirror_stamp"]
 _COUNTERS = COMMON.layouts["counters"]
 _MARK = COMMON.constants["MARK"]
+_RINGBUF = Backend.RINGBUF  # an enumeration's member costs a look-up of its own in Python 3.10
 _QUEUE = 0
 """All queues of the interface come together in the mirror's only one."""
 _MEMBERS = {
@@ -52,13 +66,11 @@ for _name, _members in _MEMBERS.items():
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What a Capture needs of an Attachment: plain values, and descriptors of maps, which are the attachment's.
+    """What a Capture needs of an Outlet: plain values, and descriptors of maps, which are the outlet's.
 
     Valid as it is in a forked child; another process is sent fds() by SCM_RIGHTS and uses with_fds().
     """
 
-    interface: str
-    mode: str
     backends: frozenset[Backend]
     express_fd: int
     xsks_fd: int
@@ -66,7 +78,7 @@ class Handover:
     mirror_index: int
     """Of the mirror's far end; 0 without AF_XDP."""
     baseline: Mapping[str, int] = field(default_factory=dict)
-    """Raw counters when the attachment was proven: counted from there."""
+    """Raw counters when the first interface was proven: counted from there."""
 
     def fds(self) -> list[int]:
         """To be sent, in this order."""
@@ -121,17 +133,20 @@ def ingest_counters(counters_fd: int, baseline: Mapping[str, int]) -> dict[str, 
 class Capture:
     """Both ways out of the kernel, as one source of segments; a context manager."""
 
-    def __init__(self, handover: Handover) -> None:
+    def __init__(self, handover: Handover, ring: RingBuffer | None = None, mirror: Mirror | None = None) -> None:
         """Bind to the mirror's far end in the calling thread's namespace, and map the ring buffer.
 
+        `ring`, `mirror`: in the place of those, where the handover has none: a rehearsal's, closed with this.
         Raises OSError, its message naming the step (EBUSY: another process still holds the socket's place).
         """
         self._handover = handover
-        self._ring: RingBuffer | None = None
+        self._ring, self._mirror = ring, mirror
         self._xsk: Xsk | None = None
-        self._payloads: list[memoryview | bytes] = []
+        self._payloads: list[memoryview] = []
         self._holds = False
         """Whether memory is to be given back: asking both rings each time would double the cost of an empty poll."""
+        self._mirror_waits = False
+        """The mirror wasn't looked at, because the ring buffer had something."""
         self._unparsed = self._given_up = 0
         self._epoll = select.epoll()
         try:
@@ -139,7 +154,7 @@ class Capture:
                 self._ring = RingBuffer.open(handover.express_fd)
                 self._epoll.register(self._ring.fileno(), select.EPOLLIN)
             if Backend.AF_XDP in handover.backends:
-                self._xsk = open_mirror(handover)
+                self._xsk = self._mirror = open_mirror(handover)
                 self._epoll.register(self._xsk.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
@@ -150,54 +165,86 @@ class Capture:
         return self._epoll.fileno()
 
     def poll(self) -> list[Segment]:
-        """What came since the last call, the ring buffer's first, at most BATCH of each; no system call if nothing.
+        """What came since the last call, at most BATCH a backend; no system call if nothing.
 
-        Ends the validity of the payloads handed out before.
+        What the ring buffer has is returned at once, and the mirror looked at by the next call. Ends the validity of
+        the payloads handed out before.
         """
         if self._holds:
             self._release()
         segments: list[Segment] = []
-        if self._ring is not None:
+        ring = self._ring
+        if ring is not None:
             try:
-                segments += [_express(record) for record in self._ring.poll(BATCH)]
+                records = ring.peek(BATCH)
             except RingCorruptError:
-                self._give_up(self._ring)
+                self._give_up(ring)
                 self._ring = None
-        if self._xsk is not None:
-            try:
-                for frame in self._xsk.peek(BATCH):
+            else:
+                if records:
                     self._holds = True
-                    segment = _mirrored(frame)
-                    if segment is None:
-                        self._unparsed += 1
-                    else:
-                        segments.append(segment)
+                    self._read_express(ring.data, records, segments)
+                    if segments and not self._mirror_waits:
+                        self._mirror_waits = True
+                        return segments
+        mirror = self._mirror
+        if mirror is not None:
+            self._mirror_waits = False
+            try:
+                frames = mirror.peek(BATCH)
             except RingCorruptError:
-                self._give_up(self._xsk)
-                self._xsk = None
-        if segments:
-            self._holds = True
-            self._payloads = [segment.payload for segment in segments]
-            segments = [segment for segment in segments if segment.flow[0] != SELF_TEST_SOURCE]
-            if not segments:
-                self._release()  # at once: nobody will look at them, and fileno() would stay readable
+                self._give_up(mirror)
+                self._xsk = self._mirror = None
+            else:
+                if frames:
+                    self._holds = True
+                    self._read_mirrored(frames, segments)
+        if self._holds and not segments:
+            self._release()  # at once: nobody will look at them, and fileno() would stay readable
         return segments
+
+    def _read_express(
+        self, data: memoryview, records: list[tuple[int, int]], segments: list[Segment]
+    ) -> None:  # fmt: skip
+        """The hot path: named tuples' own constructors would cost twice as much."""
+        unpack, size, payloads, make = _ENTRY.packing.unpack_from, _ENTRY.size, self._payloads, tuple.__new__
+        for start, end in records:
+            arrival, source, destination, source_port, destination_port, sequence, length, captured, _, flags, _, _ = (
+                unpack(data, start)
+            )
+            if source == SELF_TEST_SOURCE:
+                continue
+            payload = data[start + size : min(start + size + captured, end)]
+            payloads.append(payload)
+            flow = make(Flow, (source, destination, source_port, destination_port))
+            segments.append(make(Segment, (_RINGBUF, arrival, flow, sequence, FLAGS[flags], length, payload)))
+
+    def _read_mirrored(self, frames: list[memoryview], segments: list[Segment]) -> None:
+        for frame in frames:
+            segment = _mirrored(frame)
+            if segment is None:
+                self._unparsed += 1
+            elif segment.flow[0] != SELF_TEST_SOURCE:
+                payload = segment.payload
+                assert isinstance(payload, memoryview)
+                self._payloads.append(payload)
+                segments.append(segment)
 
     def _release(self) -> None:
         # So that a stale payload can't be read as somebody else's bytes, nor hold a mapping.
         for payload in self._payloads:
-            if isinstance(payload, memoryview):
-                payload.release()
-        self._payloads = []
+            payload.release()
+        self._payloads.clear()
         self._holds = False
         if self._ring is not None:
             self._ring.release()
-        if self._xsk is not None:
-            self._xsk.release()
+        if self._mirror is not None:
+            self._mirror.release()
 
-    def _give_up(self, backend: RingBuffer | Xsk) -> None:
+    def _give_up(self, backend: RingBuffer | Mirror) -> None:
         self._given_up += 1
-        self._epoll.unregister(backend.fileno())
+        if isinstance(backend, RingBuffer | Xsk):
+            self._epoll.unregister(backend.fileno())
         backend.close()
 
     def counters(self) -> dict[str, int]:
@@ -215,9 +262,9 @@ class Capture:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
-        if self._xsk is not None:
-            self._xsk.close()
-            self._xsk = None
+        if self._mirror is not None:
+            self._mirror.close()
+            self._xsk = self._mirror = None
         self._epoll.close()
 
     def __enter__(self) -> Capture:
@@ -234,21 +281,6 @@ def close_handover(handover: Handover) -> None:
     for fd in handover.fds():
         with contextlib.suppress(OSError):
             os.close(fd)
-
-
-def _express(record: memoryview) -> Segment:
-    arrival, source, destination, source_port, destination_port, sequence, length, captured, _, flags, _, _ = (
-        _ENTRY.packing.unpack_from(record)
-    )
-    return Segment(
-        Backend.RINGBUF,
-        arrival,
-        Flow(source, destination, source_port, destination_port),
-        sequence & 0xFFFFFFFF,
-        FLAGS[flags],
-        length,
-        record[_ENTRY.size : _ENTRY.size + captured],
-    )
 
 
 def _mirrored(frame: memoryview) -> Segment | None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 IFF_UP, IFF_LOOPBACK, IFF_LOWER_UP = 0x1, 0x8, 0x10000
+_ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
 _SIOCETHTOOL = 0x8946
 _GDRVINFO, _GSTRINGS, _GSSET_INFO, _GFEATURES, _GCHANNELS = 0x03, 0x1B, 0x37, 0x3A, 0x3C
 _FEATURES_SET = 4  # ETH_SS_FEATURES
@@ -103,6 +104,12 @@ class Interface:
     gro_hw: bool | None
     """The hardware merges packets: likewise."""
     xdp: tuple[AttachedXdp, ...]
+    most_queues: int | None = None
+    """How many receive queues the driver could have."""
+    peer_index: int | None = None
+    """veth: its other end's, if that is in this namespace."""
+    ethernet: bool = True
+    """Its packets begin with an Ethernet header; those of tun, WireGuard or PPP don't."""
 
 
 def interface(name: str) -> Interface:
@@ -121,6 +128,9 @@ def interfaces() -> list[Interface]:
 
 def interface_towards(address: str) -> str:
     """The name of the interface that leads to an IPv4 or IPv6 address. Raises OSError when nothing does."""
+    address, _, scope = address.partition("%")
+    if scope:  # a link-local address is one of that interface alone (RFC 4007)
+        return socket.if_indextoname(int(scope)) if scope.isdigit() else scope
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with rtnetlink(f"route to {address}") as route:
         (found,) = route.route("get", dst=address, family=family)
@@ -128,16 +138,16 @@ def interface_towards(address: str) -> str:
 
 
 def _interface(link: Any) -> Interface:
-    name, flags = link.get("ifname"), link["flags"]
+    name, flags, kind = link.get("ifname"), link["flags"], link.get(("linkinfo", "kind"))
     features = _features(name)
     channels = _ethtool(name, struct.pack("=I32x", _GCHANNELS))
-    _, _, _, _, _, rx, tx, _, combined = struct.unpack("=9I", channels) if channels else (0,) * 9
+    _, most_rx, _, _, most, rx, tx, _, combined = struct.unpack("=9I", channels) if channels else (0,) * 9
     driver = _ethtool(name, struct.pack("=I192x", _GDRVINFO))
     attached = link.get("xdp")
     return Interface(
         index=link["index"],
         name=name,
-        kind=link.get(("linkinfo", "kind")),
+        kind=kind,
         driver=driver[4:36].split(b"\0", 1)[0].decode("ascii", "replace") if driver else None,
         mtu=link.get("mtu"),
         mac=link.get("address") or "",
@@ -153,6 +163,9 @@ def _interface(link: Any) -> Interface:
             for attribute, mode in _XDP_MODES.items()
             if attached is not None and (number := attached.get_attr(attribute))
         ),
+        most_queues=most_rx + most if channels else None,
+        peer_index=link.get("link") if kind == "veth" and link.get("link_netnsid") is None else None,
+        ethernet=link["ifi_type"] in {_ARPHRD_ETHER, _ARPHRD_LOOPBACK},
     )
 
 

@@ -1,7 +1,7 @@
-"""What Sprint adds to the host's network for the mirror, and how it goes away again even when its owner was killed.
+"""What Sprint adds to the host's network for the bypass, and how it goes away again even when its owner was killed.
 
-Two things outlive a killed process: the private veth pair that mirrored packets cross, and, on kernels without TCX, the
-clsact filter that clones into it. Both bear who made them (a prefix, and an owner's mark: pid, the time it started, its
+Two things outlive a killed process: private veth pairs (the mirror, and the fan-out's parking place), and, on kernels
+without TCX, the clsact filter that clones into the mirror. Both bear who made them (a prefix, and an owner's mark: pid, the time it started, its
 pid namespace), so that the next start and `sprint doctor --clean` find what is orphaned, by leftovers() and clean().
 
 Rule: nothing is changed or removed that doesn't bear our mark, nor while its owner lives or can't be judged. All in the
@@ -35,6 +35,7 @@ GROUP = 0x53505231
 _MARK = re.compile(r"bitcoin-sprint pid=(\d+) started=(\d+) pidns=(\d+)(?: (clsact))?")
 MIRROR_MTU = 3_498
 """Nearly the largest that veth takes with a native program that knows no fragments: a frame must fit one page."""
+PARKED_MTU = 1_500
 RUNNING_TIMEOUT_S = 2.0
 _INGRESS, _EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_CLSACT with TC_H_MIN_INGRESS, …_EGRESS
 _ETH_P_ALL = 3
@@ -94,7 +95,7 @@ def _started(pid: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class MirrorLink:
-    """A veth pair: tc clones into `near`; native XDP on `far` redirects what comes out of it."""
+    """A private veth pair: tc clones into `near`; native XDP on `far` redirects what comes out of it. Or a parked one."""
 
     near: str
     near_index: int
@@ -123,18 +124,12 @@ def create_mirror(mtu: int = MIRROR_MTU, owner: Owner | None = None) -> MirrorLi
     Raises OSError: EPERM without CAP_NET_ADMIN, EOPNOTSUPP without veth, ETIMEDOUT when it doesn't come up.
     """
     owner = owner or Owner.this_process()
-    queues = {"num_tx_queues": 1, "num_rx_queues": 1}
     with LinkMonitor() as monitor, rtnetlink("mirror link") as route:
-        taken = {link.get("ifname") for link in route.get_links()}
-        stems = (f"{PREFIX}{owner.pid:x}-{number:x}" for number in range(1 << 12))
-        near, far = next((f"{stem}a", f"{stem}b") for stem in stems if not {f"{stem}a", f"{stem}b"} & taken)
-        ends = {"mtu": mtu, "group": GROUP, **queues}
-        route.link("add", ifname=near, kind="veth", peer={"ifname": far, **ends}, **ends)
-        link = MirrorLink(near, socket.if_nametoindex(near), far, socket.if_nametoindex(far), mtu)
+        link = _add_pair(route, owner, mtu)
+        near = link.near
         try:
-            for name, index in ((far, link.far_index), (near, link.near_index)):
-                route.link("set", index=index, ifalias=str(owner))
-                _switch_off_ipv6(name)
+            for name, index in ((link.far, link.far_index), (near, link.near_index)):
+                _sign(route, name, index, owner)
                 route.link("set", index=index, state="up")
             # An end whose carrier the kernel hasn't noticed yet drops what it should send, silently.
             give_up = time.monotonic() + RUNNING_TIMEOUT_S
@@ -149,6 +144,39 @@ def create_mirror(mtu: int = MIRROR_MTU, owner: Owner | None = None) -> MirrorLi
             link.delete()
             raise
     return link
+
+
+def create_parked(owner: Owner | None = None) -> MirrorLink:
+    """A veth pair that carries nothing: `near` is up, for a program to be attached to; `far` isn't.
+
+    So no packet ever comes in at `near`. Raises OSError as create_mirror() does.
+    """
+    owner = owner or Owner.this_process()
+    with rtnetlink("parked link") as route:
+        link = _add_pair(route, owner, PARKED_MTU)
+        try:
+            for name, index in ((link.far, link.far_index), (link.near, link.near_index)):
+                _sign(route, name, index, owner)
+            route.link("set", index=link.near_index, state="up")
+        except BaseException:
+            link.delete()
+            raise
+    return link
+
+
+def _add_pair(route: Any, owner: Owner, mtu: int) -> MirrorLink:
+    taken = {link.get("ifname") for link in route.get_links()}
+    stems = (f"{PREFIX}{owner.pid:x}-{number:x}" for number in range(1 << 12))
+    near, far = next((f"{stem}a", f"{stem}b") for stem in stems if not {f"{stem}a", f"{stem}b"} & taken)
+    ends = {"mtu": mtu, "group": GROUP, "num_tx_queues": 1, "num_rx_queues": 1}
+    route.link("add", ifname=near, kind="veth", peer={"ifname": far, **ends}, **ends)
+    return MirrorLink(near, socket.if_nametoindex(near), far, socket.if_nametoindex(far), mtu)
+
+
+def _sign(route: Any, name: str, index: int, owner: Owner) -> None:
+    """The owner's mark; and no IPv6, which would speak by itself."""
+    route.link("set", index=index, ifalias=str(owner))
+    _switch_off_ipv6(name)
 
 
 def _operstate(route: Any, index: int) -> str | None:
@@ -271,7 +299,7 @@ class Leftover:
     """None for a link."""
 
     def __str__(self) -> str:
-        what = "tc filter on" if self.filter else "mirror link"
+        what = "tc filter on" if self.filter else "private link"
         return f"{what} {self.name}, owner {self.owner or 'unknown'}: {self.state.value}"
 
 

@@ -54,10 +54,13 @@ class RingBuffer:
         """How often poll() met a record that was still being written."""
         self._consumer = control[:8].cast("Q")
         self._producer = shared[:8].cast("Q")
-        self._data = shared[_PAGE : _PAGE + 2 * size]
-        self._words = self._data.cast("I")
+        self.data = shared[_PAGE : _PAGE + 2 * size]
+        """Both mappings; peek() tells where in it."""
+        self._words = self.data.cast("I")
         self._next = self._released = self._consumer[0]
         self._held: list[memoryview] = []
+        self._lent = False
+        """Whether any record was handed out since the last release."""
         self._mappings: list[mmap.mmap] = []
         self._descriptor = -1
 
@@ -87,14 +90,22 @@ class RingBuffer:
 
         No system call. Records of earlier polls stay valid, and keep their room, until release().
         """
+        data = self.data
+        found = [data[start:end] for start, end in self.peek(limit)]
+        self._held += found
+        return found
+
+    def peek(self, limit: int = 64) -> list[tuple[int, int]]:
+        """As poll(), but only where the records begin and end in `data`: a view of each would cost as much again.
+
+        Whoever makes views has to let go of them by release(); the records' bytes are somebody else's after that.
+        """
         there, at = self._producer[0], self._next
         if there == at:
             return []
-        words, data, mask = self._words, self._data, self.size - 1
-        found: list[memoryview] = []
+        words, mask = self._words, self.size - 1
+        found: list[tuple[int, int]] = []
         for _ in range(limit):
-            if at == there:
-                break
             start = at & mask
             header = words[start >> 2]
             if header & BUSY:
@@ -107,13 +118,16 @@ class RingBuffer:
             if header & DISCARD:
                 self.discarded += 1
             else:
-                found.append(data[start + HEADER_BYTES : start + HEADER_BYTES + length])
+                found.append((start + HEADER_BYTES, start + HEADER_BYTES + length))
+            if at == there:
+                break
         self._next = at
-        self._held += found
-        if not self._held:
+        if found:
+            self._lent = True
+            self.records += len(found)
+        elif not self._lent:
             # Nothing to wait for: room of discarded records that stayed taken would keep the descriptor readable.
             self._consumer[0] = self._released = at
-        self.records += len(found)
         return found
 
     def release(self) -> None:
@@ -123,11 +137,12 @@ class RingBuffer:
         for view in self._held:
             view.release()
         self._held.clear()
+        self._lent = False
         self._consumer[0] = self._released = self._next
 
     def close(self) -> None:
         """Unmap. What was not released comes again to the next reader. Harmless if repeated."""
-        for view in (*self._held, self._consumer, self._producer, self._words, self._data):
+        for view in (*self._held, self._consumer, self._producer, self._words, self.data):
             view.release()
         self._held.clear()
         for mapping in self._mappings:

@@ -71,7 +71,8 @@ def _peer_notification(profile: TierProfile, facts: Mapping[str, Any], *, bypass
 
 
 def _kernel_bypass(facts: Mapping[str, Any]) -> dict[str, Any]:
-    answer = {key: facts[key] for key in BYPASS_KEYS}
+    # `attached`, each interface by itself, is what only the process that holds the bypass can tell.
+    answer = {key: facts[key] for key in (*BYPASS_KEYS, "attached") if key in facts or key in BYPASS_KEYS}
     answer["ingest"] = {key: facts["ingest"][key] for key in INGEST_KEYS}
     answer["egress"] = {key: facts["egress"][key] for key in EGRESS_KEYS}
     return answer

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from sprint.errors import RemoteProtocolError
 from sprint.events import Announcement, Source, State
+from sprint.histograms import quantile_ns
 from sprint.ledger import REJECT_INDEX
 from sprint.record import MAGIC, decode, state_names
-from sprint.status import BLOCKS, MARKS, quantile_ns
+from sprint.status import BLOCKS, MARKS
 from sprint.tiers import NS_PER_S, NS_PER_US, Tier
 
 if TYPE_CHECKING:
-    from sprint.status import BlockRow, Delivery, HistogramData, Mark, Peer, StatusBlock, TierAccounts
+    from sprint.histograms import HistogramData
+    from sprint.status import BlockRow, Delivery, Mark, Peer, StatusBlock, TierAccounts
 
 HEARTBEAT_LIMIT_NS = 3 * NS_PER_S
 """The relay turns at least once a second; three missed turns mean that it hangs or is gone."""
@@ -125,7 +127,8 @@ def _delivery(delivery: Delivery) -> dict[str, Any]:
 
 
 TIER_COUNTERS = (
-    *("subscribers", "on_time", "late", "dropped", "overwritten", "replayed", "lost_notices", "over_target"),
+    *("subscribers", "on_time", "late", "dropped", "overwritten", "replayed", "repaired", "lost_notices"),
+    "over_target",
     *("buffer_used", "buffer_used_max"),
 )
 

@@ -10,7 +10,7 @@ from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no type
 from sprint.errors import HostError
 
 NEAR, FAR = "near", "far"
-NEAR_ADDRESS, FAR_ADDRESS = "198.18.0.1", "198.18.0.2"
+NEAR_ADDRESS, FAR_ADDRESS, LOSSY_ADDRESS = "198.18.0.1", "198.18.0.2", "198.18.1.2"
 """Of the network for benchmarks (RFC 2544). Names and addresses are nobody else's business in namespaces of our own."""
 _CLONE_NEWNET = 0x4000_0000
 
@@ -24,12 +24,17 @@ def enter_namespace() -> None:
         route.link("set", index=1, state="up")
 
 
-def lay(far_pid: int) -> None:
-    """Make the pair, its far end in that process's namespace. Raises HostError."""
+def lay(far_pid: int) -> bytes:
+    """Make the pair, its far end in that process's namespace; returns the near end's MAC. Raises HostError."""
     try:
         with IPRoute() as route:
             route.link("add", ifname=NEAR, kind="veth", peer={"ifname": FAR, "net_ns_pid": far_pid})
         bring_up(NEAR, NEAR_ADDRESS)
+        with IPRoute() as route:
+            index = route.link_lookup(ifname=NEAR)[0]
+            route.route("add", dst=f"{LOSSY_ADDRESS}/32", gateway=FAR_ADDRESS, oif=index)
+            mac: str = route.get_links(index)[0].get_attr("IFLA_ADDRESS")
+            return bytes.fromhex(mac.replace(":", ""))
     except Exception as error:  # pyroute2 has errors of its own
         raise HostError(f"no veth pair: {error}") from None
 

@@ -27,14 +27,14 @@ _HOPS = {
     "iceoryx2": ("iceoryx2, polled", _OTHERS[3]),
 }
 
-_DETECTS = {
-    "socket_blocking": ("socket, blocking", _OTHERS[0], "--"),
-    "socket_busy": ("socket, polled", _OTHERS[0], "-"),
-    "af_xdp_blocking": ("AF_XDP, blocking", _ALSO_OURS, "--"),
-    "af_xdp_busy": ("AF_XDP, polled", _ALSO_OURS, "-"),
-    "ringbuf_blocking": ("BPF ring buffer, blocking", _OURS, "--"),
-    "ringbuf_busy": ("BPF ring buffer, polled", _OURS, "-"),
+_WAYS = {
+    "socket": ("socket", _OTHERS[0]),
+    "packet": ("AF_PACKET", _OTHERS[3]),
+    "af_xdp": ("AF_XDP", _ALSO_OURS),
+    "ringbuf": ("BPF ring buffer", _OURS),
 }
+"""Of `bench detect`: what a way is called, and its colour."""
+_STAGES = (("seen", 1.0), ("hash", 0.6), ("record", 0.3))
 
 
 def require_matplotlib() -> None:
@@ -74,32 +74,52 @@ def plot_ring(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_detect(result: Mapping[str, Any], path: Path) -> None:
-    """Percentiles of the time to the hash, a line for each mode, both axes logarithmic."""
+    """Percentiles of the time to the hash, a line for each way, both axes logarithmic; beside it the median's stages."""
     results = result["results"]
-    modes = results["modes"]
+    realistic = results["realistic"]
+    ways = sorted(realistic["ways"].items(), key=lambda item: -item[1]["hash"]["p50_us"])
     figure = _figure()
-    axes = figure.subplots()
-    shown = [percent for percent in PERCENTS if 25 <= percent <= 99.5]
+    axes, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    shown = [percent for percent in PERCENTS if 25 <= percent <= 99]
     rarity = [100 / (100 - percent) for percent in shown]
-    for name, mode in sorted(modes.items(), key=lambda item: -item[1]["p50_us"]):
-        label, colour, style = _DETECTS[name]
-        values = [mode[f"p{percent}_us"] for percent in shown]
-        label = f"{label}: {mode['p50_us']:,.1f} µs"
-        axes.plot(rarity, values, color=colour, linestyle=style, marker="o", markersize=3.5, label=label)
+    for row, (name, way) in enumerate(reversed(ways)):
+        label, colour, busy = _way(name)
+        style = "-" if busy else "--"
+        values = [way["hash"][f"p{percent}_us"] for percent in shown]
+        axes.plot(rarity, values, color=colour, linestyle=style, marker="o", markersize=3.5)
+        done = 0.0
+        for stage, alpha in _STAGES:
+            until = way[stage]["p50_us"]
+            bars.barh(row, until - done, left=done, color=colour, alpha=alpha, height=0.7)
+            done = until
+        bars.annotate(
+            f"{label}: {way['hash']['p50_us']:,.0f} µs", (0, row + 0.36), xytext=(2, 0), textcoords="offset points",
+            fontsize=7.5, va="bottom",
+        )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(min(rarity), max(rarity) * 1.02))
     axes.set_xticks(rarity, [f"{percent:g}" for percent in shown])
     axes.set_xlabel("percentile of announcements")
-    axes.set_ylabel("packet at the interface → hash known, µs")
-    legend = axes.legend(title="median", alignment="left", loc="upper left", framealpha=1, edgecolor="none")
-    legend.get_title().set_fontweight("bold")
+    axes.set_ylabel("its first packet at the interface → hash known, µs")
+    bars.set_yticks([])
+    bars.set_ylim(-0.5, len(ways) - 0.2)
+    bars.set_xlabel("medians, µs: seen, hash known, record in the ring")
+    bars.spines[["top", "right", "left"]].set_visible(False)
     _finish(
         figure,
         axes,
         path,
-        "A compact block's packet, until Python knows the hash",
-        f"{min(mode['announcements'] for mode in modes.values()):,} announcements each, "
-        f"in {results['rounds']} interleaved rounds; {result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
+        f"A compact block of {realistic['announcement_bytes'] / 1_000:,.0f} kB, until Python knows the hash",
+        f"{min(way['count'] for _, way in ways):,} announcements each, solid: polled, dashed: waited for; "
+        f"{result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
     )
+
+
+def _way(name: str) -> tuple[str, str, bool]:
+    """What a way of `bench detect` is called, its colour, and whether it polls."""
+    kind, _, mode = name.rpartition("_")
+    label, colour = _WAYS[kind]
+    busy = mode == "busy"
+    return f"{label}, {'polled' if busy else 'blocking'}", colour, busy
 
 
 def plot_stream(result: Mapping[str, Any], path: Path) -> None:

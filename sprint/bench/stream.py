@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sprint.bench.apart import Helper, be_apart, run_apart
 from sprint.bench.percentiles import median, percentile
 from sprint.bench.receivers import Receiver
+from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.stream import StreamDelivery
 from sprint.errors import HostError
 from sprint.events import Event, Source, State
@@ -200,7 +201,7 @@ class _Sender:
             ring,
             self._accounts,
             network="regtest",
-            tier_of_key=lambda _: TIER,
+            gate=OpenGate(lambda _: TIER),
             write_deadline_ns={tier: PROFILES[tier].write_deadline_ns for tier in Tier},
             max_sessions=size,
             heartbeat_ns=3_600 * NS_PER_S,  # a heartbeat in the middle of a round would be taken for its frame

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from operator import sub
 from typing import TYPE_CHECKING
 
-from sprint.status import HISTOGRAM_BUCKETS, Histogram, bucket_of, bucket_upper_ns
+from sprint.histograms import HISTOGRAM_BUCKETS, Histogram, bucket_of, bucket_upper_ns
 from sprint.tiers import SlowReader
 
 if TYPE_CHECKING:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from sprint.deliveries.hello import FULL, MAX_HELLO, TOO_LONG, TOO_SLOW, Hello, Refusal, read_hello, refusal_line
 from sprint.errors import HostError
+from sprint.seats import Seats, private_seats
+from sprint.tiers import NS_PER_S
 
 if TYPE_CHECKING:
     import asyncio
@@ -71,7 +73,7 @@ def network_of(family: int, host: str) -> str:
 class _Arrival:
     """One connection that has not said its hello yet, or was refused and is being seen off."""
 
-    __slots__ = ("deadline_ns", "network", "received", "refused", "sock")
+    __slots__ = ("deadline_ns", "network", "received", "refused", "sock", "told")
 
     def __init__(self, sock: socket.socket, network: str, deadline_ns: int) -> None:
         self.sock = sock
@@ -79,6 +81,8 @@ class _Arrival:
         self.deadline_ns = deadline_ns
         self.received = b""
         self.refused = 0
+        """Bytes that came after its refusal, and one: more than LINGER_BYTES end it. 0: not refused."""
+        self.told = False
 
 
 class Reception:
@@ -95,8 +99,12 @@ class Reception:
         hello_timeout_ns: int,
         max_sessions: int,
         max_sessions_per_address: int | None,
+        seats: Seats | None = None,
     ) -> None:
-        """`admit` gets the socket, its network, the hello and how many bytes followed it; None means taken over."""
+        """`admit` gets the socket, its network, the hello and how many bytes followed it; None means taken over.
+
+        Where several processes share an address, `seats` is where they count together what each address has.
+        """
         self.accept_pauses = 0
         self._loop = loop
         self._listener = listener
@@ -107,7 +115,7 @@ class Reception:
         self._max = max_sessions
         self._max_per_network = max_sessions_per_address
         self._sessions = 0
-        self._by_network: dict[str, int] = {}
+        self._seats = private_seats() if seats is None else seats
         self._arrivals: dict[_Arrival, None] = {}  # in order of arrival, which is the order of deadlines
         self._timer: asyncio.TimerHandle | None = None
         self._resume: asyncio.TimerHandle | None = None
@@ -116,11 +124,8 @@ class Reception:
     def release(self, network: str) -> None:
         """An admitted connection has ended."""
         self._sessions -= 1
-        left = self._by_network[network] - 1
-        if left:
-            self._by_network[network] = left
-        else:
-            del self._by_network[network]
+        if self._max_per_network is not None:
+            self._seats.give_back(self._seats.of_network(network))
 
     def close(self) -> None:
         """Stop listening, and close what was not admitted."""
@@ -152,19 +157,22 @@ class Reception:
         self._resume = self._loop.call_later(PAUSE_S, self._loop.add_reader, self._listener, self._accept)
 
     def _arrived(self, sock: socket.socket, network: str) -> None:
-        here = self._by_network.get(network, 0)
-        if self._sessions >= self._max or (self._max_per_network is not None and here >= self._max_per_network):
+        if self._sessions >= self._max or not self._take_seat(network):
             self._accounts.refused += 1
             _send_last(sock, Refusal(FULL, retry=True))
             sock.close()
             return
         self._sessions += 1
-        self._by_network[network] = here + 1
         arrival = _Arrival(sock, network, self._clock() + self._hello_timeout_ns)
         self._arrivals[arrival] = None
         self._loop.add_reader(sock, self._readable, arrival)
         if self._timer is None:
             self._timer = self._loop.call_later(self._hello_timeout_ns / 1e9, self._too_slow)
+
+    def _take_seat(self, network: str) -> bool:
+        if self._max_per_network is None:
+            return True
+        return self._seats.take(self._seats.of_network(network), self._max_per_network)
 
     def _readable(self, arrival: _Arrival) -> None:
         try:
@@ -197,11 +205,17 @@ class Reception:
                 return
             asked = refusal
             self._loop.add_reader(arrival.sock, self._readable, arrival)
-        self._refuse(arrival, asked)
+        if asked.delay_ns:
+            arrival.refused = 1  # what else it says is not listened to
+            self._loop.call_later(asked.delay_ns / NS_PER_S, self._refuse, arrival, asked)
+        else:
+            self._refuse(arrival, asked)
 
     def _refuse(self, arrival: _Arrival, refusal: Refusal) -> None:
+        if arrival.told or arrival not in self._arrivals:
+            return
         self._accounts.refused += 1
-        arrival.refused = 1
+        arrival.refused, arrival.told = 1, True
         _send_last(arrival.sock, refusal)
 
     def _too_slow(self) -> None:
@@ -212,7 +226,7 @@ class Reception:
             if oldest.deadline_ns > now:
                 self._timer = self._loop.call_later((oldest.deadline_ns - now) / 1e9, self._too_slow)
                 return
-            if not oldest.refused:
+            if not oldest.told:
                 self._refuse(oldest, Refusal(TOO_SLOW))
             self._end(oldest)
 

@@ -10,6 +10,7 @@ where it would block. Rules:
 - expire() is called at a deadline, right after the socket was found unwritable: lower tiers drop what is past its
   deadline; on the top tiers it is overwritten by the newest record and the newest best tip, which are kept.
 - A loss is told before the next record. Lost records always lie right before the cursor: `first` is cursor - lost.
+- While parked, records come to the subscriber another way (UDP): the session sends only what is inserted.
 """
 
 from __future__ import annotations
@@ -98,13 +99,14 @@ class Session(Generic[S]):
     publish() may send to it straight away, moving the cursor on."""
 
     __slots__ = ("_begun", "_begun_seen_ns", "_begun_sequence", "_begun_started_ns", "_behind_ns", "_expired", "_feed",
-        "_ledger", "_lost", "_replay_until", "cursor", "form", "idle", "sock", "stalled_ns")  # fmt: skip
+        "_ledger", "_lost", "_replay_until", "cursor", "form", "idle", "parked", "sock", "stalled_ns")  # fmt: skip
 
     def __init__(self, feed: Feed, ledger: TierLedger, form: Format, sock: S, since: int | None) -> None:
         """`since` is the first sequence wanted; None or one that isn't published yet: from the next record on."""
         self.form = form
         self.sock = sock
         self.idle = False
+        self.parked = False
         self.stalled_ns = 0
         """Since when the socket has taken not one byte; 0: it takes them."""
         self._feed = feed
@@ -122,6 +124,8 @@ class Session(Generic[S]):
     @property
     def backlog(self) -> int:
         """How many deliveries wait, a begun one included."""
+        if self.parked:
+            return 0
         waiting = self._feed.sequence - max(self.cursor, self._replay_until + 1) + 1
         return max(0, waiting) + (self._begun_sequence > self._replay_until)
 
@@ -133,7 +137,7 @@ class Session(Generic[S]):
     def due_ns(self) -> int:
         """When the oldest waiting delivery that isn't given up yet reaches its deadline; 0: none waits."""
         waiting = max(self.cursor, self._expired + 1)
-        if self.replaying or waiting > self._feed.sequence:
+        if self.parked or self.replaying or waiting > self._feed.sequence:
             return 0
         return max(self._feed.published_ns(waiting), self._behind_ns) + self._ledger.write_deadline_ns
 
@@ -148,12 +152,12 @@ class Session(Generic[S]):
                 return Written.REFUSED
             if limit <= 0:
                 return Written.SOME
-            frames = self._waiting(limit)
+            frames = [] if self.parked else self._waiting(limit)
             limit -= max(1, len(frames))
             if frames:
                 if not self._send_frames(frames):
                     return Written.REFUSED
-            elif self.cursor > self._feed.sequence:
+            elif self.parked or self.cursor > self._feed.sequence:
                 self.idle = True
                 self._behind_ns = self.stalled_ns = 0
                 return Written.ALL
@@ -161,6 +165,27 @@ class Session(Generic[S]):
     def write_line(self, line: bytes) -> None:
         """Begin with bytes that are no frame: the answer to the hello."""
         self._begun = line
+
+    def insert(self, frames: bytes) -> None:
+        """Send these before anything that isn't begun yet; the caller bounds them. No delivery: nothing counts them."""
+        self._begun += frames
+        self.idle = False
+
+    @property
+    def in_mid_frame(self) -> bool:
+        """Something begun, or inserted, is not sent to its end yet."""
+        return bool(self._begun)
+
+    def park(self) -> None:
+        """From here on records come another way. Only a session that is caught up is parked."""
+        self.parked = True
+
+    def unpark(self) -> None:
+        """From the next record on they come here again."""
+        self.parked = self.idle = False
+        self._replay_until = self._expired = self._feed.sequence
+        self.cursor = self._feed.sequence + 1
+        self._lost = self._behind_ns = 0
 
     def beat(self, frame: bytes) -> Written:
         """Send a heartbeat to an idle session; a socket that won't take it goes without."""
@@ -182,6 +207,8 @@ class Session(Generic[S]):
 
     def expire(self, now_ns: int) -> None:
         """The socket is unwritable: give up each delivery whose deadline has passed, as the tier's policy says."""
+        if self.parked:
+            return
         while 0 < self.due_ns() <= now_ns:
             waiting = max(self.cursor, self._expired + 1)
             if self._ledger.overwrites:

@@ -23,16 +23,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sprint.deliveries.accounts import TierLedger
-from sprint.deliveries.hello import NOT_ACCEPTED, Hello, Refusal
+from sprint.deliveries.gate import admit
+from sprint.deliveries.hello import Hello, Refusal
 from sprint.deliveries.reception import BACKLOG, Reception
 from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.stream import HELLO_TIMEOUT_NS, MAX_EXTRA
 from sprint.errors import HostError
 from sprint.frames import Format, json_line
+from sprint.histograms import Histogram
 from sprint.record import SIZE as RECORD_SIZE
 from sprint.ring import LAYOUT
 from sprint.shared_memory import SEALS
-from sprint.status import Histogram
 from sprint.tiers import PROFILES, Tier
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from sprint.admission import Ticket
+    from sprint.deliveries.gate import Gate
     from sprint.ring import Ring
     from sprint.shared_memory import SharedMemory
     from sprint.status import Delivery
@@ -64,12 +67,13 @@ class _Listener(socket.socket):
 class _Reader:
     """One reader's connection, and the eventfd that wakes it."""
 
-    __slots__ = ("eventfd", "extra", "network", "sock", "tier")
+    __slots__ = ("eventfd", "extra", "network", "sock", "ticket", "tier")
 
-    def __init__(self, sock: socket.socket, network: str, tier: Tier, extra: int) -> None:
+    def __init__(self, sock: socket.socket, network: str, ticket: Ticket, extra: int) -> None:
         self.sock = sock
         self.network = network
-        self.tier = tier
+        self.ticket = ticket
+        self.tier = ticket.tier
         self.extra = extra
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -84,7 +88,7 @@ class ShmDelivery:
         accounts: Delivery,
         *,
         network: str,
-        tier_of_key: Callable[[str | None], Tier | None],
+        gate: Gate,
         max_readers: int,
         max_readers_per_user: int | None = None,
         write_deadline_ns: Mapping[Tier, int] | None = None,
@@ -103,7 +107,7 @@ class ShmDelivery:
         self._ring = ring
         self._accounts = accounts
         self._network = network
-        self._tier_of_key = tier_of_key
+        self._gate = gate
         self._max_readers = max_readers
         self._max_per_user = max_readers_per_user
         self._clock = clock
@@ -203,15 +207,29 @@ class ShmDelivery:
         stranger = self._stranger(sock)
         if stranger is not None:
             return stranger
-        tier = self._tier_of_key(hello.key)
-        if tier is None:
-            return Refusal(NOT_ACCEPTED)
-        if tier not in self._rosters:
-            return Refusal(f"tier {tier.label} has no shared memory: {' and '.join(t.label for t in _TIERS)} have")
         if hello.since is not None or hello.format is not Format.BINARY:
             return Refusal("the hello takes a key only: where to begin in the ring is the reader's own choice")
+        ticket = admit(self._gate, hello.key, network, self._clock(), time.time_ns())
+        if isinstance(ticket, Refusal):
+            return ticket
+        reader = self._take_in(sock, network, ticket, extra)
+        if isinstance(reader, Refusal):
+            self._gate.leave(ticket)
+            return reader
+        ticket.end = lambda: self._end(reader)
+        self._rosters[ticket.tier].append(reader)
+        self._accounts.accepted += 1
+        self._ledgers[ticket.tier].accounts.subscribers += 1
+        self._loop.add_reader(sock, self._readable, reader)
+        return None
+
+    def _take_in(self, sock: socket.socket, network: str, ticket: Ticket, extra: int) -> _Reader | Refusal:
+        """A reader who has been handed the ring."""
+        tier = ticket.tier
+        if tier not in self._rosters:
+            return Refusal(f"tier {tier.label} has no shared memory: {' and '.join(t.label for t in _TIERS)} have")
         try:
-            reader = _Reader(sock, network, tier, extra)
+            reader = _Reader(sock, network, ticket, extra)
         except OSError as error:
             return Refusal(f"no reader can be taken now: {error.strerror}", retry=True)
         try:
@@ -219,11 +237,7 @@ class ShmDelivery:
         except OSError as error:  # out of descriptors, or the peer holds too many of ours that it hasn't received
             os.close(reader.eventfd)
             return Refusal(f"no reader can be taken now: {error.strerror}", retry=True)
-        self._rosters[tier].append(reader)
-        self._accounts.accepted += 1
-        self._ledgers[tier].accounts.subscribers += 1
-        self._loop.add_reader(sock, self._readable, reader)
-        return None
+        return reader
 
     def _hand_over(self, reader: _Reader) -> None:
         answer = {
@@ -269,6 +283,7 @@ class ShmDelivery:
         self._loop.remove_reader(reader.sock)
         reader.sock.close()
         os.close(reader.eventfd)
+        self._gate.leave(reader.ticket)
         if self._reception is not None:
             self._reception.release(reader.network)
 

@@ -18,20 +18,23 @@ from typing import TYPE_CHECKING, Final
 from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.catch_up import TOP_FIRST, CatchUp
 from sprint.deliveries.deadlines import Deadlines, Heartbeats
-from sprint.deliveries.hello import NOT_ACCEPTED, Refusal, welcome_line
+from sprint.deliveries.gate import admit
+from sprint.deliveries.hello import Refusal, welcome_line
 from sprint.deliveries.reception import Reception, listen
 from sprint.deliveries.session import Feed, Written, latency_origin_ns
 from sprint.deliveries.subscriber import Subscriber
 from sprint.frames import Format, Heartbeat, heartbeat_frame, record_frame
-from sprint.status import Histogram
+from sprint.histograms import Histogram
 from sprint.tiers import NS_PER_MS, NS_PER_S, PROFILES, Tier
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable, Mapping
 
+    from sprint.deliveries.gate import Gate
     from sprint.deliveries.hello import Hello
     from sprint.ring import Ring
+    from sprint.seats import Seats
     from sprint.status import Delivery
 
 SEND_BUFFER: Final = 32 * 1024
@@ -63,17 +66,18 @@ class StreamDelivery:
         accounts: Delivery,
         *,
         network: str,
-        tier_of_key: Callable[[str | None], Tier | None],
+        gate: Gate,
         write_deadline_ns: Mapping[Tier, int],
         max_sessions: int,
         max_sessions_per_address: int | None = None,
+        seats: Seats | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         hello_timeout_ns: int = HELLO_TIMEOUT_NS,
         stall_timeout_ns: int = STALL_TIMEOUT_NS,
         heartbeat_ns: int = NS_PER_S,
         send_buffer: int = SEND_BUFFER,
     ) -> None:
-        """`network` is the name told to subscribers; `tier_of_key` gives None for a key that is not accepted.
+        """`network` is the name told to subscribers; `gate` says who is served at which tier.
 
         `max_sessions` counts connections, those still to say hello included. `clock` is CLOCK_MONOTONIC in ns, the
         clock of the records' seen_ns.
@@ -83,10 +87,11 @@ class StreamDelivery:
         self._ring = ring
         self._accounts = accounts
         self._network = network
-        self._tier_of_key = tier_of_key
+        self._gate = gate
         self._ledgers = tuple(TierLedger(accounts.tiers[t], PROFILES[t], write_deadline_ns[t]) for t in Tier)
         self._max_sessions = max_sessions
         self._max_sessions_per_address = max_sessions_per_address
+        self._seats = seats
         self._clock = clock
         self._hello_timeout_ns = hello_timeout_ns
         self._stall_timeout_ns = stall_timeout_ns
@@ -144,6 +149,7 @@ class StreamDelivery:
             hello_timeout_ns=self._hello_timeout_ns,
             max_sessions=self._max_sessions,
             max_sessions_per_address=self._max_sessions_per_address,
+            seats=self._seats,
         )
         bound = listener.getsockname()
         return str(bound[0]), int(bound[1])
@@ -255,11 +261,13 @@ class StreamDelivery:
                 self._catching_up.add(subscriber)
 
     def _admit(self, sock: socket.socket, network: str, hello: Hello, extra: int) -> Refusal | None:
-        tier = self._tier_of_key(hello.key)
-        if tier is None:
-            return Refusal(NOT_ACCEPTED)
+        ticket = admit(self._gate, hello.key, network, self._clock(), time.time_ns())
+        if isinstance(ticket, Refusal):
+            return ticket
+        tier = ticket.tier
         ledger, feed = self._ledgers[tier], self._feed
-        subscriber = Subscriber(feed, ledger, hello, sock, network, extra)
+        subscriber = Subscriber(feed, ledger, hello, sock, network, extra, ticket)
+        ticket.end = lambda: self._end(subscriber)
         subscriber.write_line(
             welcome_line(
                 tier,
@@ -297,6 +305,7 @@ class StreamDelivery:
         self._loop.remove_reader(subscriber.sock)
         self._loop.remove_writer(subscriber.sock)
         subscriber.sock.close()
+        self._gate.leave(subscriber.ticket)
         if self._reception is not None:
             self._reception.release(subscriber.network)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sprint.deliveries.session import Feed, Session
 
 if TYPE_CHECKING:
+    from sprint.admission import Ticket
     from sprint.deliveries.accounts import TierLedger
     from sprint.deliveries.hello import Hello
 
@@ -15,14 +16,22 @@ if TYPE_CHECKING:
 class Subscriber(Session[socket.socket]):
     """A session with its socket, and its place in the delivery's lists."""
 
-    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued", "tier",
-        "timer_ns")  # fmt: skip
+    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued",
+        "ticket", "tier", "timer_ns")  # fmt: skip
 
     def __init__(
-        self, feed: Feed, ledger: TierLedger, hello: Hello, sock: socket.socket, network: str, extra: int
+        self,
+        feed: Feed,
+        ledger: TierLedger,
+        hello: Hello,
+        sock: socket.socket,
+        network: str,
+        extra: int,
+        ticket: Ticket,
     ) -> None:
         super().__init__(feed, ledger, hello.format, sock, hello.since)
         self.network = network
+        self.ticket = ticket
         self.ledger = ledger
         self.tier = ledger.profile.tier
         self.extra = extra

@@ -30,7 +30,10 @@ from sprint.demo.relay_process import START_TIMEOUT_S, RelayProcess
 from sprint.demo.subscriber import Delivered, Ready, Received, run_shared_subscriber, run_subscriber
 from sprint.demo.wire import lay, wire_for
 from sprint.errors import HostError
+from sprint.keys import FILE_NAME as KEY_FILE
+from sprint.keys import MAX_CONNECTIONS, KeyStore
 from sprint.record import state_names
+from sprint.tiers import Tier
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
@@ -98,7 +101,9 @@ class Stage:
         _remove_dead_folders()
         prefix = f"{FOLDER_PREFIX}{os.getpid()}-"
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
-        self.relay = RelayProcess(self._settings(f"{host}:{port}", folder))
+        settings = self._settings(f"{host}:{port}", folder)
+        key = _make_key(Path(folder), settings["TIER"])
+        self.relay = RelayProcess(settings)
         stack.callback(self.relay.stop)
         self.api, self.stream = self.relay.wait_until_healthy()
         if self._wire is not None:
@@ -107,12 +112,12 @@ class Stage:
         for number in range(plan.subscribers):
             ours, theirs = context.Pipe()
             stack.callback(ours.close)
-            self._start(context, run_subscriber, (theirs, self.stream), theirs, tell_all=number == 0)
+            self._start(context, run_subscriber, (theirs, self.stream, key), theirs, tell_all=number == 0)
             self._subscribers.append(ours)
         if self.relay.shm_socket is not None:
             ours, theirs = context.Pipe()
             stack.callback(ours.close)
-            self._start(context, run_shared_subscriber, (theirs, self.relay.shm_socket), theirs)
+            self._start(context, run_shared_subscriber, (theirs, self.relay.shm_socket, key), theirs)
             self._subscribers.append(ours)
         self._await_ready()
 
@@ -210,6 +215,16 @@ class Stage:
             self.score.records.append(report.record)
         elif isinstance(report, Ready):
             self.score.tiers[report.tier] = report.write_deadline
+
+
+def _make_key(folder: Path, tier: str) -> str:
+    """The key by which the demo's subscribers are served at the instance's own tier."""
+    with KeyStore(folder / KEY_FILE) as store:
+        try:
+            asked = Tier.from_label(tier)
+        except KeyError:
+            asked = Tier.FREE  # Sprint itself will refuse to start, and say so
+        return store.create("demo", asked, int(time.time()), connections=MAX_CONNECTIONS)
 
 
 def _remove_dead_folders() -> None:

@@ -68,13 +68,13 @@ class _Checker:
             self._pipe.send(Delivered(block_hash, self._came.pop(block_hash)))
 
 
-def run_subscriber(pipe: Pipe, address: str, *, tell_all: bool) -> None:
+def run_subscriber(pipe: Pipe, address: str, key: str, *, tell_all: bool) -> None:
     """Subscribe to the stream and report by `pipe`, which brings the hashes mined; ends when its other end is closed.
 
     `tell_all`: report every record too, for the view.
     """
     checker = _checker(pipe)
-    for item in events(address):
+    for item in events(address, key=key):
         now_ns = time.monotonic_ns()
         if isinstance(item, Subscribed):
             pipe.send(Ready(item.tier, item.write_deadline))
@@ -85,10 +85,10 @@ def run_subscriber(pipe: Pipe, address: str, *, tell_all: bool) -> None:
                 pipe.send(Received(item))
 
 
-def run_shared_subscriber(pipe: Pipe, path: str) -> None:
+def run_shared_subscriber(pipe: Pipe, path: str, key: str) -> None:
     """As run_subscriber, but reads the ring itself, in shared memory."""
     checker = _checker(pipe)
-    with SharedReader(path) as reader:
+    with SharedReader(path, key=key) as reader:
         pipe.send(Ready(f"{reader.tier}, shared memory", "none: it reads the ring itself"))
         for record in reader:
             now_ns = time.monotonic_ns()

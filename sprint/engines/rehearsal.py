@@ -44,6 +44,15 @@ if TYPE_CHECKING:
         def on_readable(self, buffer: memoryview) -> list[Heard]:
             """Read once."""
 
+    class Overhears(Protocol):
+        """A capture of what is said to it."""
+
+        def hear(self, frame: bytes, now_ns: int) -> list[Heard]:
+            """What a captured announcement says."""
+
+        def close(self) -> None:
+            """Let go of its memory."""
+
 
 BLOCKS = 128
 """Mined once, about 10 ms; after the last one the rehearsal begins anew with an empty chain."""
@@ -58,11 +67,15 @@ _PEER = "rehearsal"
 class Rehearsal:
     """A scratch relay and the announcements to feed it. perform() takes about as long as a real block does."""
 
-    def __init__(self, upstream: Listens, theirs: socket.socket) -> None:
-        """`upstream` is connecting, on regtest, to `theirs`. Raises HostError when the handshake fails."""
+    def __init__(self, upstream: Listens, theirs: socket.socket, overhears: Overhears | None = None) -> None:
+        """`upstream` is connecting, on regtest, to `theirs`; `overhears`: if there is a capture to be kept warm too.
+
+        Raises HostError when the handshake fails.
+        """
         network = NETWORKS["regtest"]
         self._upstream = upstream
         self._theirs = theirs
+        self._overhears = overhears
         self._buffer = memoryview(bytearray(_BUFFER_SIZE))
         blocks = RegtestChain().extend(BLOCKS, int(time.time()))
         self._frames = [encode_frame(network.magic, "cmpctblock", block.compact(0).encode()) for block in blocks]
@@ -85,14 +98,18 @@ class Rehearsal:
         if self._next == len(self._frames):
             self._next = 0
             self._relay = _caught_up_relay()
-        try:
-            self._theirs.send(self._frames[self._next])
-        except OSError:
-            self._over = True
-            return
+        frame, now_ns = self._frames[self._next], time.monotonic_ns()
         self._next += 1
-        now_ns = time.monotonic_ns()
-        for heard in self._hear():
+        if self._overhears is not None and self._next % 2:  # in turn: both at once would double what a block may meet
+            heard_of = self._overhears.hear(frame, now_ns)
+        else:
+            try:
+                self._theirs.send(frame)
+            except OSError:
+                self._over = True
+                return
+            heard_of = self._hear()
+        for heard in heard_of:
             if isinstance(heard, Sighting):
                 for block in self._relay.offer(heard, now_ns, time.time_ns()):
                     self._broadcaster.write(block)
@@ -113,6 +130,8 @@ class Rehearsal:
     def close(self) -> None:
         """Close both ends, and the channel."""
         self._over = True
+        if self._overhears is not None:
+            self._overhears.close()
         os.close(self._channel.fileno())
         if self._upstream.socket is not None:
             self._upstream.socket.close()

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sprint.errors import HostError
-from sprint.events import HeaderRun, PeerGone, PeerReady
+from sprint.events import BlockRebuilt, HeaderRun, MessagesMissed, PeerGone, PeerReady
 from sprint.record import decode
 from sprint.tiers import NS_PER_S
 
@@ -136,6 +136,11 @@ class Turns:
             self._relay.peer_gone(heard, now_ns)
             self._housekeeping_ns = 0
             self._log.warning("Upstream lost", peer=heard.peer)
+            return ()
+        if isinstance(heard, BlockRebuilt):
+            return self._relay.rebuilt(heard, time.time_ns())
+        if isinstance(heard, MessagesMissed):
+            self._relay.missed(heard, now_ns)
             return ()
         return self._relay.offer(heard, now_ns, time.time_ns())
 

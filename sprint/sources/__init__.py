@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from sprint.events import HeaderRun, PeerGone, PeerReady, Sighting, Want
+    from sprint.events import BlockRebuilt, HeaderRun, MessagesMissed, PeerGone, PeerReady, Sighting, Want
 
-    Heard = Sighting | HeaderRun | PeerReady | PeerGone
+    Heard = Sighting | HeaderRun | PeerReady | PeerGone | MessagesMissed | BlockRebuilt
 
 
 class Source(Protocol):

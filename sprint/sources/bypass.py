@@ -1,7 +1,8 @@
 """Source bypass: the capture as the relay has it, from the moment it is proven and for as long as it lasts.
 
 The process that holds the programs hands descriptors over a Unix socket: at once to a relay that asks, and again
-whenever the interface has come back. Until then, and in between, this source says nothing, and the plain sockets serve.
+whenever the way out of the kernel is another one. Interfaces come and go without that. Until then, and in between, this
+source says nothing, and the plain sockets serve.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from sprint.sources import Heard
     from sprint.sources.capture import CaptureSource
 
-ASK = b"?"
+KIND = "capture"
+ASK = b"capture?"
 MAX_MESSAGE = 4096
 MAX_DESCRIPTORS = 8
 LOOK_NS = 100_000_000
@@ -77,7 +79,7 @@ class BypassSource:
         self._epoll.close()
 
     def _take_over(self) -> None:
-        """The newest of what was handed over; older ones are closed unseen."""
+        """The newest of what was handed over; older ones, and what we didn't ask for, are closed unseen."""
         newest: tuple[dict[str, Any], list[int]] | None = None
         while True:
             try:
@@ -88,15 +90,20 @@ class BypassSource:
                 return
             if not message:
                 break
+            facts = json.loads(message)
+            if facts.pop("kind", None) != KIND:
+                _close(descriptors)
+                continue
             if newest is not None:
                 _close(newest[1])
-            newest = (json.loads(message), descriptors)
+            newest = (facts, descriptors)
         if newest is None:
             return
         self._drop()
         facts, descriptors = newest
-        if not facts:
-            return  # the bypass has ended
+        if facts.get("ended"):
+            _close(descriptors)
+            return
         try:
             self._capture = self._open_capture(facts, descriptors)
         except OSError as error:
@@ -105,7 +112,7 @@ class BypassSource:
             return
         self._captured = self._capture.fileno()
         self._epoll.register(self._captured, select.EPOLLIN)
-        self._log.info("Capture at work", interface=facts.get("interface"), mode=facts.get("mode"))
+        self._log.info("Capture at work")
 
     def _drop(self) -> None:
         if self._capture is not None:

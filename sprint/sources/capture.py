@@ -2,8 +2,9 @@
 
 It has no connection of its own, asks nothing and knows no peer's name: each way out of the kernel stands in the status
 as one row, `capture ringbuf` and `capture af_xdp`, so that their leads can be compared; each tells every announcement
-that it sees, once. A poll looks at what new segments begin with, and if that says anything, it is returned at once; the
-rest of the work on the same segments is done by the next poll, which deadline() asks for.
+that it sees, once, and those of a flow that comes in order in that order. A poll looks at what each flow's first new
+segment begins with, and if that says anything, it is returned at once; the rest of the work on the same segments is
+done by the next poll, which deadline() asks for.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
+from sprint.bitcoin.networks import NETWORKS
 from sprint.events import Source
 from sprint.reassembly import Reassembler
-from sprint.status import writing
+from sprint.status import StatusBlock, writing
+from xdp.rehearsed import RehearsedCapture
 from xdp.segments import Backend
 
 if TYPE_CHECKING:
@@ -23,8 +26,7 @@ if TYPE_CHECKING:
     from sprint.bitcoin.networks import Network
     from sprint.events import Want
     from sprint.sources import Heard
-    from sprint.status import StatusBlock
-    from xdp.segments import Segment
+    from xdp.segments import Flow, Segment
 
     class Captures(Protocol):
         """Where segments come from. What goes wrong there is for it to count and to mend: nothing here raises."""
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
             """What the kernel's side has counted."""
 
 
+_BACKENDS = tuple(Backend)
 PEERS = {backend: f"capture {backend.name.lower()}" for backend in Backend}
 """What each backend is called in sightings and in /api/sources."""
 
@@ -54,6 +57,7 @@ class CaptureSource:
     ) -> None:
         """`backends`: those that are on; they have their rows in the status from the beginning."""
         self._capture = capture
+        self._look = capture.poll
         self._status = status
         self._reassemblers = {backend: Reassembler(network.magic, PEERS[backend]) for backend in Backend}
         self._glances = {backend: one.announcements.glance for backend, one in self._reassemblers.items()}
@@ -72,18 +76,25 @@ class CaptureSource:
         """What new segments say at first glance, else all that they say."""
         heard: list[Heard] = []
         if not self._glanced:
-            segments = self._capture.poll()
+            segments = self._look()
             if not segments:
                 return heard
             self._glanced = segments
             glances = self._glances
-            for segment in segments:
-                heard += glances[segment.backend](segment, now_ns)
+            if len(segments) == 1:
+                segment = segments[0]
+                heard += glances[segment[0]](segment, now_ns)
+            else:
+                # Not at a flow's later ones: what they say would come before what the first says further on.
+                for segment in _first_of_each_flow(segments).values():
+                    heard += glances[segment.backend](segment, now_ns)
             if heard:
                 return heard
         segments, self._glanced = self._glanced, []
+        first = _first_of_each_flow(segments)
         for segment in segments:
-            heard += self._reassemblers[segment.backend].receive(segment, now_ns, glanced=True)
+            glanced = first[segment.backend, segment.flow] is segment
+            heard += self._reassemblers[segment.backend].receive(segment, now_ns, glanced=glanced)
         return heard
 
     def deadline(self) -> int | None:
@@ -124,3 +135,31 @@ class CaptureSource:
         if not self._closed:
             self._closed = True
             self._capture.close()
+
+
+def _first_of_each_flow(segments: Sequence[Segment]) -> dict[tuple[Backend, Flow], Segment]:
+    """By the way out of the kernel and the flow."""
+    first: dict[tuple[Backend, Flow], Segment] = {}
+    for segment in segments:
+        first.setdefault((segment.backend, segment.flow), segment)
+    return first
+
+
+class Overheard:
+    """A capture's part of the rehearsal: regtest announcements through the same code, by memory of their own."""
+
+    def __init__(self) -> None:
+        self._capture = RehearsedCapture()
+        self._source = CaptureSource(self._capture, NETWORKS["regtest"], StatusBlock.create(1, {}))
+        self._turn = 0
+
+    def hear(self, frame: bytes, now_ns: int) -> list[Heard]:
+        """What a captured announcement, of at most 1,400 bytes, says; by each backend in turn."""
+        self._turn += 1
+        self._capture.say(frame, now_ns, _BACKENDS[self._turn % len(_BACKENDS)])
+        source = self._source
+        return source.poll(now_ns) + source.poll(now_ns)  # at first glance, and in full
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._source.close()

@@ -22,7 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sprint.keys import FILE_NAME as KEY_FILE
+from sprint.keys import MAX_CONNECTIONS, KeyStore
 from sprint.settings import variables
+from sprint.shared_reader import SharedReader
+from sprint.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +74,7 @@ class Product:
             **settings,
         }
         self._folder = folder
+        self._key: str | None = None
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -86,6 +91,24 @@ class Product:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+    @property
+    def key(self) -> str:
+        """A key to the instance's own tier, as an operator would have made it."""
+        if self._key is None:
+            with KeyStore(self.data_dir / KEY_FILE) as store:
+                tier = Tier.from_label(self._settings["TIER"])
+                self._key = store.create("tests", tier, int(time.time()), connections=MAX_CONNECTIONS)
+        return self._key
+
+    @property
+    def hello(self) -> bytes:
+        """A hello with that key, for a stream of JSON lines."""
+        return b'{"format":"json","key":"%s"}\n' % self.key.encode()
+
+    def reader(self) -> SharedReader:
+        """A reader of its shared memory, by that key."""
+        return SharedReader(self.data_dir / "sprint.sock", key=self.key)
 
     @property
     def pid(self) -> int:

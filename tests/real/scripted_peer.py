@@ -92,9 +92,9 @@ def compact_size(value: int) -> bytes:
 
 
 class ScriptedPeer:
-    """An upstream on a free loopback port, as a context manager."""
+    """An upstream on a free port, of loopback if not told otherwise, as a context manager."""
 
-    def __init__(self, height: int = 0, served: Iterable[bytes] = ()) -> None:
+    def __init__(self, height: int = 0, served: Iterable[bytes] = (), *, host: str = "127.0.0.1") -> None:
         """`height` is what its version message claims, `served` the headers that any getheaders is answered with."""
         self.height = height
         self.served = list(served)
@@ -102,7 +102,7 @@ class ScriptedPeer:
         """Completed so far."""
         self.received: dict[str, int] = {}
         """How many messages came, by command."""
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=8)
+        self._listener = socket.create_server((host, 0), backlog=8)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
         self._connection: socket.socket | None = None

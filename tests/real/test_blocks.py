@@ -41,8 +41,8 @@ def test_each_block_that_the_node_mines_comes_out_of_every_kind_of_subscription(
     with Product(tmp_path, bcoin.p2p_address, tier=tier) as product:
         product.wait_until_healthy()
         with (
-            CommandStream(*COMMAND, "watch", product.stream, "--json") as watch,
-            JsonStream(product.stream) as raw,
+            CommandStream(*COMMAND, "watch", product.stream, "--json", "--key", product.key) as watch,
+            JsonStream(product.stream, product.hello) as raw,
             JsonStream(product.stream, half_close=True) as half_closed,
         ):
             client = ClientStream(product.stream)

@@ -104,7 +104,8 @@ class Reader:
 class Crowd:
     """Many subscribers, read by one thread with one selector; one in a hundred is never read."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, key: str) -> None:
+        self._key = key
         self.readers: list[Reader] = []
         self.stalled: list[socket.socket] = []
         self.lost: list[Reader] = []
@@ -141,11 +142,11 @@ class Crowd:
         sock = connect_small(address) if stalled else connect(address)
         if stalled:
             self.stalled.append(sock)
-            sock.sendall(JSON_HELLO)
+            sock.sendall(b'{"format":"json","key":"%s"}\n' % self._key.encode())
             return
         reader = Reader(sock)
         self.readers.append(reader)
-        sock.sendall(b"{}\n")
+        sock.sendall(b'{"key":"%s"}\n' % self._key.encode())
         sock.setblocking(False)
         self._selector.register(sock, selectors.EVENT_READ, reader)
 
@@ -192,7 +193,7 @@ def test_of_a_thousand_subscribers_every_healthy_one_gets_every_block_in_order(
         Product(tmp_path, bcoin.p2p_address, tier=tier, WRITE_DEADLINE="10ms") as product,
     ):
         product.wait_until_healthy()
-        with Crowd(product.stream) as crowd:
+        with Crowd(product.stream, product.key) as crowd:
             product.wait_for_subscribers(CROWD)
             with memory_stays_flat(product):
                 mined = [block_hash for _ in range(CROWD_BLOCKS) for block_hash in bcoin.mine(1)]
@@ -223,7 +224,7 @@ def test_one_that_never_reads_is_told_what_it_lost_when_it_does_and_others_lose_
     with Product(tmp_path, bcoin.p2p_address) as product, ExitStack() as stack:
         product.wait_until_healthy()
         sleeper = stack.enter_context(connect_small(product.stream))
-        sleeper.sendall(JSON_HELLO)
+        sleeper.sendall(product.hello)
         healthy = stack.enter_context(JsonStream(product.stream))
         product.wait_for_subscribers(2)
         mined: list[str] = []

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprint.shared_reader import SharedReader
 from tests.real.children import (
     BACK_WITHIN_S,
     QUIET,
@@ -65,7 +64,7 @@ def test_each_child_that_is_killed_is_back_and_nobody_elses_subscribers_notice(
         product.wait_until_healthy()
         session = product.ask("health")["session"]
         streams = streams_on(product, stack, ["stream-0", "stream-1"])
-        reader = stack.enter_context(SharedReader(product.data_dir / "sprint.sock"))
+        reader = stack.enter_context(product.reader())
         mined = bcoin.mine(2)
         for victim in ("relay", "stream-0", "shm", "api", "stream-1"):
             spared = [stream for name, stream in streams.items() if name != victim]
@@ -165,7 +164,10 @@ def test_children_of_a_killed_supervisor_end_and_the_next_start_takes_its_place(
         assert product.wait() == -signal.SIGKILL
     with product:
         product.wait_until_healthy()
-        with JsonStream(product.stream) as raw, SharedReader(product.data_dir / "sprint.sock") as reader:
+        with (
+            JsonStream(product.stream) as raw,
+            product.reader() as reader,
+        ):
             raw.wait_for_hashes("validated", bcoin.mine(1))
             assert reader.next(5) is not None
         assert product.stop() == 0
@@ -176,7 +178,7 @@ def test_it_ends_in_good_order_and_leaves_nothing_behind(how: str, bcoin: BcoinN
     with Product(tmp_path, bcoin.p2p_address, **QUIET, DELIVERY_WORKERS="2") as product:
         product.wait_until_healthy()
         pids = all_processes(product)
-        with JsonStream(product.stream) as raw, SharedReader(product.data_dir / "sprint.sock"):
+        with JsonStream(product.stream) as raw, product.reader():
             raw.wait_for_hashes("validated", bcoin.mine(1))
             if how == "SIGTERM":
                 os.kill(product.pid, signal.SIGTERM)
@@ -185,6 +187,6 @@ def test_it_ends_in_good_order_and_leaves_nothing_behind(how: str, bcoin: BcoinN
             assert product.wait() == 0
             raw.wait_until_ended()
         assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), "a process, or its zombie, is left"
-        assert [path.name for path in product.data_dir.iterdir()] == ["headers-regtest.dat"]
+        assert {path.name for path in product.data_dir.iterdir()} == {"headers-regtest.dat", "keys.sqlite"}
         assert '"Stopped"' in product.log[-1]
         assert not any("Traceback" in line or "Child died" in line for line in product.log)

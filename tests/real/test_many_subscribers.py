@@ -23,6 +23,7 @@ import pytest
 
 from sprint.bench.percentiles import percentile
 from sprint.channels import EventChannel
+from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.stream import StreamDelivery
 from sprint.events import Event, Source, State
 from sprint.frames import FrameDecoder, Heartbeat
@@ -126,7 +127,7 @@ class Service:
             self.ring,
             self.accounts,
             network="regtest",
-            tier_of_key=tier_of_key,
+            gate=OpenGate(tier_of_key),
             write_deadline_ns={tier: PROFILES[tier].write_deadline_ns for tier in Tier},
             max_sessions=SUBSCRIBERS + 10,
         )
@@ -245,12 +246,13 @@ from sprint.deliveries.stream import StreamDelivery
 from sprint.ring import Ring, size_for
 from sprint.status import StatusBlock
 from sprint.tiers import PROFILES, Tier
+from sprint.deliveries.gate import OpenGate
 from tests.unit.shm_host import tier_of_key
 
 loop = asyncio.new_event_loop()
 delivery = StreamDelivery(
     Ring.create(bytearray(size_for(64)), 64, 1), StatusBlock.create(1, {}).delivery(0, "stream"), network="regtest",
-    tier_of_key=tier_of_key, write_deadline_ns={tier: PROFILES[tier].write_deadline_ns for tier in Tier},
+    gate=OpenGate(tier_of_key), write_deadline_ns={tier: PROFILES[tier].write_deadline_ns for tier in Tier},
     max_sessions=int(sys.argv[2]), heartbeat_ns=500_000_000,
 )
 delivery.serve(loop, socket.socket(fileno=int(sys.argv[1])))

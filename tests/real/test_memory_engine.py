@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprint.shared_reader import SharedReader
 from tests.real import product as harness
 from tests.real.children import (
     QUIET,
@@ -137,7 +136,10 @@ def test_the_memory_channel_switch_changes_what_wakes_the_workers(
         product.wait_until_healthy()
         assert ("Memory Channel" in product.ask("turbo-status")["features"]) is channel
         worker = processes(product)["stream-0"]
-        with JsonStream(product.stream) as raw, SharedReader(product.data_dir / "sprint.sock") as reader:
+        with (
+            JsonStream(product.stream) as raw,
+            product.reader() as reader,
+        ):
             raw.wait_for_hashes("validated", bcoin.mine(2))
             assert [reader.next(5) is None for _ in range(4)] == [False] * 4
             sockets = udp_waiting(worker)
@@ -257,7 +259,10 @@ def test_an_hours_jump_of_the_wall_clock_in_either_direction_changes_nothing(
     with Product(tmp_path, bcoin.p2p_address, **QUIET, DELIVERY_WORKERS="1", **faked) as product:
         product.wait_until_healthy()
         pids = all_processes(product)
-        with JsonStream(product.stream) as raw, SharedReader(product.data_dir / "sprint.sock") as reader:
+        with (
+            JsonStream(product.stream) as raw,
+            product.reader() as reader,
+        ):
             mined = []
             for hours in (0, 1, -1, 0):
                 shift.write_text(f"{hours * 3600:+d}\n")

@@ -23,6 +23,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sprint.channels import EventChannel
+from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.shm import ShmDelivery
 from sprint.events import Event, Lapped, Source, State
 from sprint.record import SIZE, Record
@@ -109,7 +110,12 @@ class Host:
         self.worker = 0
 
     def delivery(self, **options: Any) -> ShmDelivery:
-        arguments: dict[str, Any] = {"network": "regtest", "tier_of_key": tier_of_key, "max_readers": 1000, **options}
+        arguments: dict[str, Any] = {
+            "network": "regtest",
+            "gate": OpenGate(tier_of_key),
+            "max_readers": 1000,
+            **options,
+        }
         return ShmDelivery(self.memory, self.ring, self.accounts, **arguments)
 
     def serve(self, **options: Any) -> None:

@@ -1,83 +1,181 @@
-"""Which interface the kernel bypass takes when nobody names one, and how often it tries in vain."""
+"""The process that holds the kernel bypass: who asks for what gets that, then and whenever it has changed."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import socket
-import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sprint import app_bypass
-from sprint.app_bypass import SOMEWHERE_ELSE, BypassProcess, default_interface
+from sprint.app_bypass import BypassProcess
 from sprint.config import load as load_config
+from sprint.sources.bypass import ASK, KIND
 from sprint.status import StatusBlock
-from sprint.tiers import NS_PER_S
-from xdp.loader import LoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from xdp.interfaces import LinkChange
+
+
+class _Holding:
+    """Hands over the number it has, and a pipe's reading end."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.number: int | None = None
+        self.told: int | None = None
+        self.closed = False
+        self.reading, self.writing = os.pipe()
+
+    def descriptors(self) -> list[int]:
+        return []
+
+    def hear(self, news: Sequence[LinkChange], now_ns: int) -> None:
+        pass
+
+    def tend(self, _now_ns: int) -> bool:
+        changed, self.told = self.number != self.told, self.number
+        return changed
+
+    def handover(self) -> tuple[dict[str, Any], list[int]] | None:
+        return None if self.number is None else ({"number": self.number}, [self.reading])
+
+    def said(self) -> dict[str, Any]:
+        return {self.kind: self.number}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Scene:
+    """The process with two holdings and two socket pairs, run a step at a time."""
+
+    def __init__(self, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        self.relay, self.worker = (stack.enter_context(pair[0]) for pair in pairs)
+        self.relay.settimeout(5)
+        self.worker.settimeout(5)
+        self.status = StatusBlock.create(1, {})
+        config = load_config({"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": "nosuch0"})
+        controls = [stack.enter_context(pair[1]) for pair in pairs]
+        self.process = BypassProcess(config, self.status, controls, None)
+        self.capture, self.egress = _Holding("capture"), _Holding("egress")
+        monkeypatch.setattr(self.process, "_holdings", [self.capture, self.egress])
+        for holding in (self.capture, self.egress):
+            stack.callback(os.close, holding.reading)
+            stack.callback(os.close, holding.writing)
+
+    def step(self) -> None:
+        """What the loop does, without waiting."""
+        self.process._tend()
+        self.process._tell()
+        for consumer in self.process._consumers:
+            self.process._answer(consumer)
 
 
 @pytest.fixture
-def routes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Where each address leads, instead of this host's own routes."""
-    known: dict[str, str] = {}
-
-    def interface_towards(address: str) -> str:
-        if address not in known:
-            raise OSError(f"no route to {address}")
-        return known[address]
-
-    monkeypatch.setattr(app_bypass, "interface_towards", interface_towards)
-    return known
+def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Scene]:
+    with ExitStack() as stack:
+        yield _Scene(stack, monkeypatch)
 
 
-def test_it_is_the_one_that_leads_to_the_node(routes: dict[str, str]) -> None:
-    routes["198.51.100.7"] = "enp3s0"
-    assert default_interface("198.51.100.7") == "enp3s0"
+def receive(control: socket.socket) -> tuple[dict[str, Any], int]:
+    """A message, and how many descriptors came with it."""
+    message, descriptors, _, _ = socket.recv_fds(control, 4096, 8)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return json.loads(message), len(descriptors)
 
 
-def test_for_a_node_on_this_host_it_is_the_one_that_leads_to_the_node_s_peers(routes: dict[str, str]) -> None:
-    routes.update({"127.0.0.1": "lo", SOMEWHERE_ELSE: "enp4s0"})
-    assert default_interface("127.0.0.1") == "enp4s0"
+def has_nothing(control: socket.socket) -> bool:
+    control.setblocking(False)
+    try:
+        return not control.recv(1)
+    except BlockingIOError:
+        return True
+    finally:
+        control.settimeout(5)
 
 
-def test_a_node_behind_ipv6_leads_somewhere_too(routes: dict[str, str]) -> None:
-    routes["2001:db8::1"] = "enp5s0"
-    assert default_interface("2001:db8::1") == "enp5s0"
+def test_each_gets_what_it_asked_for_at_once_if_there_is_any(scene: _Scene) -> None:
+    scene.capture.number, scene.egress.number = 1, 2
+    scene.step()
+    scene.relay.send(b"capture?")
+    scene.worker.send(b"egress?")
+    scene.step()
+    assert receive(scene.relay) == ({"kind": "capture", "number": 1}, 1)
+    assert receive(scene.worker) == ({"kind": "egress", "number": 2}, 1)
+    scene.step()
+    assert has_nothing(scene.relay)
+    assert has_nothing(scene.worker)
 
 
-def test_a_host_that_nothing_leads_to_is_an_error_to_report(routes: dict[str, str]) -> None:
-    with pytest.raises(OSError, match="no route"):
-        default_interface("198.51.100.8")
+def test_who_asked_too_early_gets_it_as_soon_as_there_is_any_and_again_whenever_it_has_changed(scene: _Scene) -> None:
+    scene.relay.send(ASK)
+    scene.step()
+    assert has_nothing(scene.relay)
+    for number in (1, 2):
+        scene.capture.number = number
+        scene.step()
+        assert receive(scene.relay) == ({"kind": KIND, "number": number}, 1)
+    scene.capture.number = None
+    scene.step()
+    assert receive(scene.relay) == ({"kind": KIND, "ended": True}, 0)
 
 
-def test_a_name_without_an_address_is_an_error_to_report() -> None:
-    with pytest.raises(socket.gaierror):
-        default_interface("no-such-host.invalid")
+def test_a_successor_asks_again_and_gets_it_again(scene: _Scene) -> None:
+    scene.capture.number = 1
+    for _ in range(2):
+        scene.relay.send(ASK)
+        scene.step()
+        assert receive(scene.relay)[0]["number"] == 1
 
 
-class _Log:
-    def __init__(self) -> None:
-        self.reasons: list[str] = []
+def test_one_process_may_ask_for_both(scene: _Scene) -> None:
+    scene.capture.number, scene.egress.number = 1, 2
+    scene.relay.send(b"capture?")
+    scene.relay.send(b"egress?")
+    scene.step()
+    assert {receive(scene.relay)[0]["kind"] for _ in range(2)} == {"capture", "egress"}
 
-    def warning(self, _event: str, *, reason: str) -> None:
-        self.reasons.append(reason)
+
+@pytest.mark.parametrize("asked", [b"", b"?", b"\xff" * 64, b"nothing of ours?"])
+def test_what_is_no_question_is_answered_by_nothing(scene: _Scene, asked: bytes) -> None:
+    scene.capture.number = 1
+    scene.relay.send(asked)
+    scene.step()
+    assert has_nothing(scene.relay)
 
 
-def test_what_fails_is_tried_again_at_growing_pauses_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_arguments: object, **_keywords: object) -> None:
-        raise LoadError("bcc is not importable")
+def test_one_that_never_reads_keeps_nobody_waiting(scene: _Scene) -> None:
+    scene.relay.send(ASK)
+    scene.worker.send(ASK)
+    for number in range(2_000):
+        scene.capture.number = number
+        scene.step()
+        assert receive(scene.worker)[0]["number"] == number
 
-    monkeypatch.setattr(app_bypass, "load", refuse)
-    config = load_config({"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": "nosuch0"})
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    log = _Log()
-    pauses = []
-    with ours, theirs:
-        process = BypassProcess(config, StatusBlock.create(1, {}), ours, log)
-        for _ in range(9):
-            before_ns = time.monotonic_ns()
-            process._try_to_attach()
-            pauses.append(round((process._retry_ns - before_ns) / NS_PER_S))
-        assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-        assert log.reasons == ["bcc is not importable"]
-        process._look_again()
-        assert process._retry_ns == 0
+
+def test_the_status_has_what_each_of_its_holdings_says(scene: _Scene) -> None:
+    scene.capture.number = 1
+    scene.step()
+    said = scene.status.bypass or {}
+    assert (said["requested"], said["capture"], said["egress"]) == (True, 1, None)
+
+
+def test_it_ends_by_sigterm_and_takes_everything_off(scene: _Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_bypass, "clean", list)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        monkeypatch.setattr(scene.process, "_tell", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        scene.process.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert scene.capture.closed
+    assert scene.egress.closed

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprint import client
+from sprint import client, client_protocol
 from sprint.bitcoin.block import double_sha256
 from sprint.bitcoin.networks import MAIN, REGTEST
 from sprint.client import (
@@ -24,6 +24,7 @@ from sprint.client import (
     SubscriptionRefusedError,
     UnprovenRecordError,
 )
+from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.stream import StreamDelivery
 from sprint.errors import RemoteProtocolError
 from sprint.events import Event, Lapped, Source, State
@@ -268,7 +269,7 @@ class Server:
                 self.ring,
                 StatusBlock.create(SESSION, {}).delivery(0, "stream"),
                 network="main",
-                tier_of_key=lambda key: Tier.FREE if key is None else None,
+                gate=OpenGate(lambda key: Tier.FREE if key is None else None),
                 write_deadline_ns={tier: PROFILES[tier].write_deadline_ns for tier in Tier},
                 max_sessions=10,
                 heartbeat_ns=SECOND // 20,
@@ -407,7 +408,7 @@ def listening(handle: Callable[[socket.socket], None], times: int = 1) -> Iterat
 
 
 def test_a_server_that_falls_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SILENCE_TIMEOUT_NS", SECOND // 20)
+    monkeypatch.setattr(client_protocol, "SILENCE_TIMEOUT_NS", SECOND // 20)
     gone = threading.Event()
 
     def silent(connection: socket.socket) -> None:

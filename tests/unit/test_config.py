@@ -28,7 +28,7 @@ SETTABLE: list[tuple[str, str, str, Any, str, Any]] = [
     ("TIER", "tier", "pro", Tier.PRO, "Enterprise", Tier.ENTERPRISE),
     *((name, name.lower(), "true", True, "no", False) for name in SWITCHES),
     ("ENABLE_KERNEL_BYPASS", "enable_kernel_bypass", "1", True, "off", False),
-    ("INTERFACE", "interface", "enp3s0", "enp3s0", "bond0.7", "bond0.7"),
+    ("INTERFACE", "interfaces", "enp3s0", ("enp3s0",), "bond0.7, enp3s0", ("bond0.7", "enp3s0")),
     ("CAPTURE", "capture", "ringbuf", ("ringbuf",), "ringbuf, af_xdp", ("ringbuf", "af_xdp")),
     ("WRITE_DEADLINE", "write_deadline_ns", "700us", 700_000, "1.25s", 1_250_000_000),
     ("BLOCK_BUFFER_SIZE", "ring_slots", "1000", 1_000, "3", 3),
@@ -50,7 +50,14 @@ BAD = [
     ("TIER", "platinum", "expected one of free, pro, business, turbo, enterprise"),
     ("TIER", " ", "expected one of free, pro, business, turbo, enterprise"),
     *((name, "maybe", "expected true or false") for name in (*SWITCHES, "ENABLE_KERNEL_BYPASS")),
-    *(("INTERFACE", value, "expected an interface's name, and not lo") for value in ("lo", "a/b", "x" * 16, "..")),
+    *(
+        ("INTERFACE", value, "expected names of interfaces, separated by commas, and not lo")
+        for value in ("lo", "a/b", "x" * 16, "..", "eth0,", "eth0,lo", "eth 0")
+    ),
+    *(
+        ("INTERFACE", value, "expected 1 to 8 interfaces, each once")
+        for value in ("eth0,eth0", ",".join(f"eth{number}" for number in range(9)))
+    ),
     *(("CAPTURE", value, "expected af_xdp or ringbuf, or both") for value in ("dpdk", "ringbuf,ringbuf", "af_xdp,")),
     ("WRITE_DEADLINE", "500", "expected a duration such as 500us, 200ms or 1.5s"),
     ("WRITE_DEADLINE", "-1s", "expected a duration such as 500us, 200ms or 1.5s"),

@@ -21,32 +21,61 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("bench", "demo", "doctor", "watch"),
+    ("bench", "cli_keys", "demo", "doctor", "watch"),
     ("app",),
     ("app_memory",),
+    ("app_relay", "app_workers"),
     ("app_bypass",),
-    ("composition",),
+    ("ingress",),
+    ("composition", "uplinks"),
     ("api", "client", "deliveries", "engines", "sources"),
-    ("broadcaster", "ledger", "reassembly", "shared_reader"),
+    ("admission", "broadcaster", "ledger", "reassembly", "shared_reader"),
     ("relay",),
-    ("config",),
-    ("settings", "handover", "header_file", "overheard", "regtest", "subscription", "sync"),
-    ("chain", "frames", "status", "ring"),
-    ("header_tree", "record"),
+    ("config", "known"),
+    ("client_udp",),
+    ("client_datagrams", "client_retry"),
+    ("client_protocol",),
+    ("key_book",),
+    ("keys", "settings", "handover", "header_file", "overheard", "regtest", "subscription", "sync"),
+    ("chain", "frames", "datagrams", "arrivals", "status", "ring"),
+    ("header_tree", "histograms", "record", "zmq_sockets"),
+    ("blocks", "zmq_wire"),
     ("packed_chain",),
     ("bitcoin",),
-    ("addresses", "channels", "durations", "events", "logs", "optimize", "shared_memory", "side_branches", "tiers"),
+    (
+        "addresses",
+        "channels",
+        "durations",
+        "events",
+        "logs",
+        "optimize",
+        "seats",
+        "shared_memory",
+        "side_branches",
+        "tiers",
+    ),
     ("errors",),
     ("",),  # sprint itself: the version
 )
-COMPOSITION = {"app", "app_memory", "app_bypass"}
+COMPOSITION = {"app", "app_memory", "app_relay", "app_workers", "app_bypass"}
 """The only ones that know sources, deliveries and the API all at once; benchmarks may take one of them by itself."""
 PURE = {
     *("bitcoin", "chain", "header_tree", "packed_chain", "side_branches", "relay", "sync", "record", "ring", "tiers"),
     *("events", "broadcaster", "frames", "durations", "addresses", "errors", "handover", "overheard", "reassembly"),
+    *("blocks", "known", "zmq_wire", "arrivals", "client_datagrams", "client_protocol", "datagrams", "subscription"),
 }
 IMPURE = {"socket", "asyncio", "selectors", "select", "threading", "time", "logging", "structlog"}
-MAY_IMPORT_XDP = {"sources.capture", "deliveries.udp", "app", "app_bypass", "doctor", "demo", "bench"}
+MAY_IMPORT_XDP = {
+    "sources.capture",
+    "deliveries.udp",
+    "app",
+    "app_bypass",
+    "ingress",
+    "uplinks",
+    "doctor",
+    "demo",
+    "bench",
+}
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:

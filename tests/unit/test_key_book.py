@@ -69,7 +69,7 @@ def test_of_ten_thousand_keys_each_is_found_and_no_change_is_missed(path: Path) 
             (hash_of(f"key {n}"), f"name {n}", "pro", 3, NOW, 0, 0, 2 + n)  # a second each would take a minute
             for n in range(10_000)
         ]
-        database.executemany("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        database.executemany("INSERT INTO keys VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     database.close()
     book = KeyBook(path)
 

@@ -15,11 +15,12 @@ from typing import IO, TYPE_CHECKING
 import pytest
 
 from sprint import ring as ring_module
+from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.hello import MAX_HELLO, Hello, read_hello
 from sprint.deliveries.shm import MODE
 from sprint.deliveries.stream import HELLO_TIMEOUT_NS, MAX_EXTRA
 from sprint.ring import HEADER_SIZE, LAYOUT, MAGIC, Ring, RingWriter, size_for
-from sprint.tiers import NS_PER_S
+from sprint.tiers import NS_PER_S, Tier
 from tests.unit.shm_host import SESSION, Client, record_of, refusal, serving, until
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def test_every_example_on_the_page_is_checked_here() -> None:
 def test_the_hello_on_the_page_is_answered_as_the_page_says(path: Path) -> None:
     assert read_hello(BLOCKS["hello"].encode()) == Hello("k-123")
     with (
-        serving(path, slots=2048, network="main", tier_of_key=lambda _: ring_tier()) as host,
+        serving(path, slots=2048, network="main", gate=OpenGate(lambda _: ring_tier())) as host,
         closing(Client(path, BLOCKS["hello"].encode())) as client,
     ):
         assert host.ring.session == SESSION
@@ -57,9 +58,7 @@ def test_the_hello_on_the_page_is_answered_as_the_page_says(path: Path) -> None:
         assert refusal(path, b'{"key":"pro"}\n') == json.loads(BLOCKS["refusal"])
 
 
-def ring_tier() -> object:
-    from sprint.tiers import Tier
-
+def ring_tier() -> Tier:
     return Tier.TURBO
 
 

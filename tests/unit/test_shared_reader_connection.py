@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sprint import shared_reader
+from sprint.deliveries.gate import OpenGate
 from sprint.errors import HostError, RemoteProtocolError
 from sprint.events import Lapped
 from sprint.shared_reader import SharedReader
@@ -199,7 +200,7 @@ def test_a_key_that_ends_is_told_at_the_next_connection(path: Path) -> None:
     with serving(path) as host, SharedReader(path, key="turbo") as reader:
         host.kill_worker()
         host.put()
-        host.serve(tier_of_key=lambda _: Tier.PRO)
+        host.serve(gate=OpenGate(lambda _: Tier.PRO))
         assert next_sequence(reader) == 1
         with pytest.raises(SubscriptionRefusedError, match="tier pro has no shared memory"):
             reader.next(PATIENCE_S)

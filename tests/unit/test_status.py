@@ -13,23 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sprint.status import (
-    BLOCKS,
-    DELIVERIES,
-    FACTS_SIZE,
+from sprint.histograms import (
     HISTOGRAM_BUCKETS,
-    PEERS,
-    SIZE,
     Histogram,
     HistogramData,
-    Layout,
-    StatusBlock,
     bucket_of,
     bucket_upper_ns,
-    consistent,
     quantile_ns,
-    writing,
 )
+from sprint.status import BLOCKS, DELIVERIES, FACTS_SIZE, PEERS, SIZE, Layout, StatusBlock, consistent, writing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

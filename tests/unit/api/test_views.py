@@ -12,8 +12,9 @@ import pytest
 from sprint.api import views
 from sprint.chain import Reject
 from sprint.events import Source, State
+from sprint.histograms import Histogram
 from sprint.ledger import REJECT_INDEX
-from sprint.status import BLOCKS, MARKS, Histogram, StatusBlock, writing
+from sprint.status import BLOCKS, MARKS, StatusBlock, writing
 from sprint.tiers import NS_PER_S, Tier
 from tests.unit.api.conftest import FIRST_SEEN_NS, SESSION, facts_of, fill, record_of
 

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sprint.deliveries.accounts import SortedHistogram, TierLedger
-from sprint.status import Histogram, HistogramData, StatusBlock
+from sprint.histograms import Histogram, HistogramData
+from sprint.status import StatusBlock
 from sprint.tiers import PROFILES, Tier
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.stream import MAX_EXTRA, StreamDelivery
 from sprint.errors import HostError
 from sprint.events import Event, Lapped, Source, State
@@ -58,7 +59,7 @@ class Server:
         self.accounts = StatusBlock.create(SESSION, {}).delivery(0, "stream")
         arguments: dict[str, Any] = {
             "network": "regtest",
-            "tier_of_key": tier_of_key,
+            "gate": OpenGate(tier_of_key),
             "write_deadline_ns": {tier: PROFILES[tier].write_deadline_ns for tier in Tier},
             "max_sessions": 2000,
         }

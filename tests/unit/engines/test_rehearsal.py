@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sprint.addresses import Address
-from sprint.app_memory import _rehearsal
+from sprint.app_relay import open_rehearsal
 from sprint.bitcoin.networks import REGTEST
 from sprint.engines import rehearsal as module
 from sprint.engines.rehearsal import BLOCKS, Rehearsal
@@ -19,7 +19,7 @@ from sprint.sources.upstream import Upstream
 
 
 def test_each_performance_publishes_one_block_into_a_ring_of_its_own_and_begins_anew_after_the_last() -> None:
-    rehearsal = _rehearsal()
+    rehearsal = open_rehearsal()
     try:
         for number in range(1, 3 * BLOCKS + 2):
             rehearsal.perform()
@@ -30,7 +30,7 @@ def test_each_performance_publishes_one_block_into_a_ring_of_its_own_and_begins_
 
 def test_it_leaves_no_descriptor_behind() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    rehearsal = _rehearsal()
+    rehearsal = open_rehearsal()
     rehearsal.perform()
     rehearsal.close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -38,7 +38,7 @@ def test_it_leaves_no_descriptor_behind() -> None:
 
 @pytest.mark.parametrize("end", ["theirs", "ours"])
 def test_once_its_connection_has_gone_it_does_nothing_and_says_nothing(end: str) -> None:
-    rehearsal = _rehearsal()
+    rehearsal = open_rehearsal()
     rehearsal.perform()
     if end == "theirs":
         rehearsal._theirs.close()
@@ -53,7 +53,7 @@ def test_once_its_connection_has_gone_it_does_nothing_and_says_nothing(end: str)
 
 
 def test_an_end_that_reads_nothing_stops_it_before_anything_blocks() -> None:
-    rehearsal = _rehearsal()
+    rehearsal = open_rehearsal()
     heard = rehearsal._hear
     rehearsal._hear = list  # type: ignore[method-assign]  # nothing comes any more
     for _ in range(200_000):
@@ -69,7 +69,7 @@ def test_an_end_that_reads_nothing_stops_it_before_anything_blocks() -> None:
 
 
 def test_an_hour_on_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rehearsal = _rehearsal()
+    rehearsal = open_rehearsal()
     now_ns = time.time_ns()
     for hours in (1, -1, 0):
         monkeypatch.setattr(time, "time_ns", lambda hours=hours: now_ns + hours * 3_600_000_000_000)

@@ -78,7 +78,7 @@ class _Scene:
     def hand_over(self, **facts: Any) -> int:
         """Send a handover with one descriptor; returns the reading end that sees it closed."""
         reading, writing = os.pipe()
-        socket.send_fds(self.theirs, [json.dumps(facts).encode()], [writing])
+        socket.send_fds(self.theirs, [json.dumps({"kind": "capture", **facts}).encode()], [writing])
         os.close(writing)
         return reading
 
@@ -145,10 +145,21 @@ def test_of_several_handovers_only_the_newest_is_opened_and_the_others_are_close
         os.close(reading)
 
 
+def test_what_is_of_another_kind_is_closed_and_left_alone(scene: _Scene) -> None:
+    first = scene.hand_over(interface="x0")
+    other = scene.hand_over(kind="egress")
+    scene.poll()
+    assert [capture.closed for capture in scene.captures] == [False]
+    assert is_closed(other)
+    assert not is_closed(first)
+    os.close(first)
+    os.close(other)
+
+
 def test_the_bypass_s_end_ends_the_capture(scene: _Scene) -> None:
     reading = scene.hand_over(interface="x0")
     scene.poll()
-    scene.theirs.send(b"{}")
+    scene.theirs.send(b'{"kind": "capture", "ended": true}')
     scene.poll()
     assert scene.captures[0].closed
     assert is_closed(reading)

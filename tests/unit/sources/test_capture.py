@@ -95,12 +95,21 @@ def test_a_sighting_without_a_stamp_is_as_old_as_the_poll() -> None:
 def test_what_a_glance_shows_is_returned_before_the_rest_of_the_segments_is_looked_at() -> None:
     rig = Rig()
     hidden = segment(1, b"the end of a body" + announcement(OTHER))
-    shown = segment(5_000, announcement(BLOCK))
+    shown = segment(5_000, announcement(BLOCK), flow=flow_of(2))
     assert told(rig.poll(hidden, shown)) == [(Announcement.CMPCTBLOCK, BLOCK.hash)]
     assert rig.source.deadline() == 0
     assert told(rig.poll()) == [(Announcement.CMPCTBLOCK, OTHER.hash)]
     assert rig.capture.polls == 1
     assert rig.source.deadline() is None
+
+
+def test_what_one_flow_says_in_order_is_told_in_that_order() -> None:
+    rig = Rig()
+    first = announcement(BLOCK) + announcement(OTHER)
+    after = segment(1 + len(first), announcement(BLOCKS[2]))
+    assert [block_hash for _, block_hash in told(rig.drain(segment(1, first), after))] == [
+        one.hash for one in (BLOCK, OTHER, BLOCKS[2])
+    ]
 
 
 def test_nothing_of_a_payload_is_used_once_the_capture_was_polled_again() -> None:

@@ -1,0 +1,162 @@
+"""The relay's process of the memory-optimised engine: sources → relay → ring, and nothing else.
+
+It may die at any moment: what it leaves in the ring, the status block and the header file is what the next one starts
+from.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from sprint.addresses import Address
+from sprint.bitcoin.networks import NETWORKS
+from sprint.broadcaster import Broadcaster
+from sprint.engines.memory import RelayLoop
+from sprint.engines.rehearsal import Rehearsal
+from sprint.engines.turns import Turns
+from sprint.errors import HostError
+from sprint.ledger import Ledger
+from sprint.optimize import Optimizations, Plan
+from sprint.record import decode
+from sprint.relay import Relay
+from sprint.ring import RingWriter
+from sprint.sources.bypass import BypassSource
+from sprint.sources.p2p import P2PSource
+from sprint.sources.upstream import Upstream
+from sprint.status import STEPS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sprint.broadcaster import Publishes
+    from sprint.chain import HeaderChain
+    from sprint.composition import Shared
+    from sprint.engines.relay_log import PipeLog
+    from sprint.events import Block
+    from sprint.header_file import HeaderFile
+    from sprint.optimize import Step
+    from sprint.sources import Source
+
+REALTIME_PRIORITY = 10
+"""SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
+
+
+class RelayProcess:
+    """One process's work, from start to SIGTERM."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        chain: HeaderChain,
+        header_file: HeaderFile,
+        channels: Sequence[Publishes],
+        log: PipeLog,
+        control: socket.socket | None,
+    ) -> None:
+        """`channels` are signalled in this order; `control` is the relay's end of the pair that the bypass has."""
+        self._shared = shared
+        self._config = shared.config
+        self._ring = shared.ring
+        self._status = shared.status
+        self._chain = chain
+        self._header_file = header_file
+        self._channels = channels
+        self._log = log
+        self._control = control
+
+    def run(self) -> None:
+        """Relay until SIGTERM."""
+        config, chain, log = self._config, self._chain, self._log
+        self._header_file.follow(chain)
+        relay = Relay(chain)
+        unsaid = self._resume(relay)
+        self._status.relay.sequence = self._ring.tail  # which the one before may not have come to note
+        source = P2PSource(
+            config.upstreams, config.network, lambda: chain.tip_height, self._status, direct=config.use_direct_p2p
+        )
+        broadcaster = Broadcaster(RingWriter(self._ring), config.network.magic, self._channels, time.monotonic_ns)
+        broadcaster.wake()  # the one before may have died between a record and the call to come and read it
+        turns = Turns(
+            relay=relay,
+            broadcaster=broadcaster,
+            ring=self._ring,
+            ledger=Ledger(self._status),
+            header_file=self._header_file,
+            sources=[*self._bypass_source(), source],
+            log=log,
+        )
+        turns.publish(unsaid)
+        if not config.optimize_system:
+            RelayLoop(turns, spin=False).run()
+            return
+        plan = Plan(
+            cpus=self._shared.relay_cpus,
+            realtime_priority=REALTIME_PRIORITY,
+            lock_memory=True,
+            freeze_gc=True,
+            spin=True,
+        )
+        rehearsal = self._rehearsal()
+        with Optimizations(plan) as optimizations:
+            steps = optimizations.steps
+            self._show_steps(steps)
+            spin = any(step.name == "spin" and step.applied for step in steps)
+            RelayLoop(turns, spin=spin, rehearsal=rehearsal if spin else None, on_idle=optimizations.idle).run()
+
+    def _resume(self, relay: Relay) -> Sequence[Block]:
+        """What the ring holds has been published by the relay before this one; without any, this is the first."""
+        ring, noted = self._ring, self._status.relay
+        records = (ring.copy(sequence) for sequence in range(ring.oldest, ring.tail + 1))
+        return relay.resume(
+            [decode(record) for record in records if record is not None],
+            time.monotonic_ns(),
+            time.time_ns(),
+            caught_up=bool(noted.caught_up),
+            height=noted.tip_height,
+        )
+
+    def _rehearsal(self) -> Rehearsal | None:
+        try:
+            return open_rehearsal()
+        except (HostError, OSError) as error:  # a cold path is still a path
+            self._log.warning("The path is not kept warm", reason=str(error))
+            return None
+
+    def _show_steps(self, steps: Sequence[Step]) -> None:
+        for row, step in zip(self._status.layout.steps[:STEPS], steps, strict=False):
+            name, detail = step.name.encode()[:15], step.detail.encode()[:159]
+            known = row.name == name and not row.applied  # the relay before this one has said so
+            row.name, row.applied, row.detail = name, step.applied, detail
+            if not step.applied and not known:
+                self._log.warning("System optimisation refused", step=step.name, reason=step.detail)
+
+    def _bypass_source(self) -> list[Source]:
+        """The capture, if there is to be one: it is asked before the plain sockets."""
+        if self._control is None:
+            return []
+        # Only where it is wanted: it brings AF_XDP and the BPF loader with it.
+        from sprint.app_bypass import open_capture  # noqa: PLC0415
+
+        network, status = self._config.network, self._status
+        return [
+            BypassSource(
+                self._control,
+                lambda facts, descriptors: open_capture(facts, descriptors, network, status),
+                self._log,
+            )
+        ]
+
+
+def open_rehearsal() -> Rehearsal:
+    """A rehearsal over a loopback connection of our own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        upstream = Upstream(Address("127.0.0.1", port), NETWORKS["regtest"], secrets.randbits(64), lambda: 0)
+        upstream.candidates = [(socket.AF_INET, ("127.0.0.1", port))]
+        upstream.connect(time.monotonic_ns(), high_bandwidth=True)
+        theirs, _ = listener.accept()
+    theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Rehearsal(upstream, theirs)

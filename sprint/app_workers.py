@@ -1,0 +1,164 @@
+"""The processes of the memory-optimised engine that serve subscribers: each method of Workers is the whole of one.
+
+A delivery worker is an asyncio loop around one delivery, woken by its channel when the ring has grown. It may die at
+any moment: its row in the status block, the ring and its listening socket are the supervisor's, and its successor's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sprint.composition import keep_checking, session_limit
+from sprint.deliveries.shm import ShmDelivery
+from sprint.deliveries.stream import StreamDelivery
+from sprint.optimize import Optimizations, Plan
+from sprint.status import STEPS
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from sprint.api.server import ApiServer
+    from sprint.channels import Channel
+    from sprint.composition import Shared
+    from sprint.status import Delivery
+
+WORKER_PRIORITY = 5
+
+
+class Delivers(Protocol):
+    """A delivery, as its process sees it."""
+
+    def publish(self) -> None:
+        """The ring has grown: send what is new."""
+
+    def close(self) -> None:
+        """End every subscription."""
+
+
+class Workers:
+    """What each of them needs of what the supervisor made before the first fork."""
+
+    def __init__(self, shared: Shared, log: Any) -> None:
+        self._shared = shared
+        self._log = log
+        self._config = shared.config
+
+    def be_stream(self, channel: Channel, row: int, number: int, listener: socket.socket) -> None:
+        """Serve TCP subscribers of `listener`; the accounts are `row` of the status block's."""
+        config, gate = self._config, self._shared.admission(row)
+        delivery = StreamDelivery(
+            self._shared.ring,
+            self._accounts(row, f"stream-{number}"),
+            network=config.network.name,
+            gate=gate,
+            write_deadline_ns=config.write_deadlines_ns(),
+            max_sessions=session_limit(),
+            max_sessions_per_address=config.connections_per_address,
+            seats=gate.seats,
+        )
+
+        def start(loop: asyncio.AbstractEventLoop) -> None:
+            delivery.serve(loop, listener)
+            keep_checking(loop, gate, self._log if row == 0 else None)  # one speaks for all
+
+        asyncio.run(self._deliver(channel, delivery, start, show=number == 0))
+
+    def be_shm(self, channel: Channel, row: int) -> None:
+        """Hand the ring to local readers, and wake them."""
+        config, gate = self._config, self._shared.admission(row)
+        delivery = ShmDelivery(
+            self._shared.ring_memory,
+            self._shared.ring,
+            self._accounts(row, "shm"),
+            network=config.network.name,
+            gate=gate,
+            max_readers=max(1, session_limit() // 2),  # a reader takes two descriptors
+        )
+
+        def start(loop: asyncio.AbstractEventLoop) -> None:
+            delivery.start(loop, config.shm_socket)
+            keep_checking(loop, gate, self._log if row == 0 else None)  # one speaks for all
+
+        asyncio.run(self._deliver(channel, delivery, start))
+
+    def be_api(self, api: ApiServer) -> None:
+        """Answer HTTP from the status block."""
+        self._shared.leave_relay_alone()
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # its threads inherit that
+        api.start()
+        signal.sigwait((signal.SIGTERM,))
+        api.stop()
+
+    def _accounts(self, row: int, name: str) -> Delivery:
+        """A worker's accounts. The subscribers of the one before it went with it."""
+        accounts = self._shared.status.delivery(row, name)
+        for tier in accounts.tiers:
+            accounts.disconnected += tier.subscribers
+            tier.subscribers = 0
+        return accounts
+
+    async def _deliver(
+        self,
+        channel: Channel,
+        delivery: Delivers,
+        start: Callable[[asyncio.AbstractEventLoop], Any],
+        *,
+        show: bool = False,
+    ) -> None:
+        """Run one delivery, woken by its channel, until SIGTERM. `show`: its optimisations stand in the status."""
+        optimizations = self._hurry(show=show)
+        loop = asyncio.get_running_loop()
+        stopped: asyncio.Future[None] = loop.create_future()
+
+        def stop(error: Exception | None = None) -> None:
+            if stopped.done():
+                return
+            if error is None:
+                stopped.set_result(None)
+            else:
+                stopped.set_exception(error)
+
+        def wake() -> None:
+            try:
+                channel.drain()
+                delivery.publish()
+            except Exception as error:  # asyncio would log it and go on, perhaps deaf
+                stop(error)
+
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        start(loop)
+        loop.add_reader(channel.fileno(), wake)
+        try:
+            await stopped
+        finally:
+            loop.remove_reader(channel.fileno())
+            delivery.close()
+            optimizations.undo()
+
+    def _hurry(self, *, show: bool) -> Optimizations:
+        """A worker's share of OPTIMIZE_SYSTEM. It sleeps between records, so real-time scheduling harms nobody.
+
+        Without that, whoever else is woken by the same block, the log above all, goes first: five times the latency.
+        """
+        self._shared.leave_relay_alone()
+        asked = self._config.optimize_system
+        optimizations = Optimizations(
+            Plan(
+                cpus=None,
+                realtime_priority=WORKER_PRIORITY if asked else None,
+                lock_memory=asked,
+                freeze_gc=False,  # nobody here would know when to collect
+                spin=False,
+            )
+        )
+        if asked:
+            steps = optimizations.apply()
+        if asked and show:  # one of them speaks for all: the row has one writer
+            row = self._shared.status.layout.steps[STEPS - 1]
+            row.detail = "; ".join(f"{step.name}: {step.detail}" for step in steps).encode()[:159]
+            row.applied = all(step.applied for step in steps)
+            row.name = b"workers"
+        return optimizations

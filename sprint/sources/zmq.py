@@ -1,0 +1,207 @@
+"""Source zmq: the hashblock and rawblock of nodes that publish as Bitcoin Core does.
+
+What a node publishes it has connected: each message is a sighting that validates. A rawblock brings the header; a hash
+alone of a block that nobody has told of makes the relay ask for its header at once. Lost messages show as gaps in the
+counters, and a connection that was down may have missed some: either makes the relay ask everybody for what is new. A
+publisher that is connected and says nothing, while others have told of a block for half a minute, is shown as silent.
+
+libzmq connects, reconnects and reads in a thread of its own. Bounded: 32 messages wait, of 4 MB at most; what is not
+such a message is counted and skipped. (The number of frames in one message is libzmq's affair, and not bounded there.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from sprint import zmq_sockets
+from sprint.bitcoin.codec import MalformedError
+from sprint.events import Announcement, MessagesMissed, Sighting, Source
+from sprint.status import StatusBlock, writing
+from sprint.tiers import NS_PER_S
+from sprint.zmq_wire import HASHBLOCK, RAWBLOCK, GapCounter, read_block
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sprint.addresses import Address
+    from sprint.events import Want
+    from sprint.sources import Heard
+    from sprint.zmq_sockets import Context, Frames
+
+SILENT_NS: Final = 30 * NS_PER_S
+"""A tip that others have told of for so long, and this publisher has not. A node connects a block within seconds."""
+MESSAGES_A_TURN: Final = 16
+"""Then the other sources have theirs."""
+NAMED: Final = 64
+"""Hashes that we remember a publisher to have named."""
+MAX_TOPIC: Final = 16
+TOPICS: Final = (HASHBLOCK, RAWBLOCK)
+
+
+class Publisher:
+    """One node's publisher: its sockets, its counters, and what the status shows of it."""
+
+    def __init__(self, context: Context, node: Address, tip: bytes) -> None:
+        self.name = str(node)
+        self.connected = False
+        self.connects = self.failures = self.skipped = self.lost = self.received_bytes = 0
+        self.last_error = ""
+        self.more = False
+        """Messages may be waiting that no descriptor tells of."""
+        self._sub, self._monitor = zmq_sockets.subscriber(context, node, TOPICS)
+        self._gaps = GapCounter()
+        self._named: deque[bytes] = deque((tip,), maxlen=NAMED)
+
+    def descriptors(self) -> tuple[int, int]:
+        """What to watch."""
+        return zmq_sockets.descriptor(self._sub), zmq_sockets.descriptor(self._monitor)
+
+    def hear(self, tip: bytes) -> list[Heard]:
+        """What came since the last time; `tip` is our best block, which a new connection can't be blamed for."""
+        heard: list[Heard] = []
+        for event, value in zmq_sockets.events_of(self._monitor):
+            self._on_event(event, value, tip, heard)
+        for _ in range(MESSAGES_A_TURN):
+            frames = zmq_sockets.receive(self._sub)
+            if frames is None:
+                self.more = False
+                return heard
+            self._on_message(frames, time.monotonic_ns(), heard)
+        self.more = True
+        return heard
+
+    def has_named(self, block_hash: bytes) -> bool:
+        """Whether it has told of that block, or can't be expected to."""
+        return block_hash in self._named
+
+    def close(self) -> None:
+        """Leave the publisher."""
+        zmq_sockets.close(self._sub, self._monitor)
+
+    def _on_event(self, event: int, value: int, tip: bytes, heard: list[Heard]) -> None:
+        if event == zmq_sockets.CONNECTED:
+            self.connected = True
+            self.connects += 1
+            self.last_error = ""
+            self._named.append(tip)
+            if self.connects > 1:
+                heard.append(MessagesMissed(Source.ZMQ, self.name))
+        elif event == zmq_sockets.DISCONNECTED:
+            self.connected = False
+            self.failures += 1
+            self.last_error = "connection lost"
+        elif event == zmq_sockets.REFUSED and not self.connected:
+            self.failures += 1
+            self.last_error = self.last_error or f"can't connect: {os.strerror(value or errno.ECONNREFUSED)}"
+
+    def _on_message(self, frames: Frames, seen_ns: int, heard: list[Heard]) -> None:
+        try:
+            if not frames or len(frames[0].buffer) > MAX_TOPIC:
+                raise MalformedError("not topic, body and counter")
+            topic, body, counter = bytes(frames[0].buffer), frames[1].buffer, frames[2].buffer
+            self.received_bytes += len(topic) + len(body) + len(counter)
+            if topic not in TOPICS:  # a subscription is a prefix: hashblock2 is none of ours
+                return
+            block = read_block(topic, body, counter)
+        except MalformedError:
+            self.skipped += 1
+            return
+        lost = self._gaps.lost(topic, block.counter)
+        if lost:
+            self.lost += lost
+            heard.append(MessagesMissed(Source.ZMQ, self.name))
+        if block.hash not in self._named:
+            self._named.append(block.hash)
+        announcement = Announcement.HASHBLOCK if block.header is None else Announcement.RAWBLOCK
+        heard.append(
+            Sighting(
+                Source.ZMQ, self.name, announcement, block.hash, block.header, seen_ns, block.transactions, block.size,
+                validated=True,
+            )
+        )  # fmt: skip
+
+
+class ZmqSource:
+    """All configured publishers."""
+
+    def __init__(
+        self,
+        nodes: Sequence[Address],
+        tip: Callable[[], bytes],
+        status: StatusBlock,
+        *,
+        silent_ns: int = SILENT_NS,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`tip` gives the hash of our best block, by which a silent publisher is known. Made after the fork."""
+        self._tip = tip
+        self._status = status
+        self._silent_ns = silent_ns
+        self._clock = clock
+        self._context = zmq_sockets.new_context()
+        self._tip_told = tip()
+        self._tip_since_ns = clock()
+        self._publishers = [Publisher(self._context, node, self._tip_told) for node in dict.fromkeys(nodes)]
+        self._epoll = select.epoll()
+        for publisher in self._publishers:
+            for descriptor in publisher.descriptors():
+                self._epoll.register(descriptor, select.EPOLLIN)
+            status.peer_index(publisher.name)
+        self._look = True
+        """The calls that set the sockets up may have swallowed what their descriptors would tell."""
+
+    def fileno(self) -> int:
+        """The epoll descriptor over all of libzmq's."""
+        return self._epoll.fileno()
+
+    def poll(self, now_ns: int) -> list[Heard]:  # noqa: ARG002 - libzmq keeps its own time
+        """Take what libzmq's thread has received."""
+        if not self._look and not self._epoll.poll(0, 1):
+            return []
+        heard: list[Heard] = []
+        tip = self._tip()
+        for publisher in self._publishers:
+            heard += publisher.hear(tip)
+        self._look = any(publisher.more for publisher in self._publishers)
+        return heard
+
+    def deadline(self) -> int | None:
+        """At once, if more is known to wait than one turn takes; else libzmq's descriptors tell."""
+        return 0 if self._look else None
+
+    def want(self, want: Want, now_ns: int) -> None:
+        """A publisher can't be asked anything."""
+
+    def account(self) -> None:
+        """Write each publisher's row of the status block, and judge whether it has fallen silent."""
+        tip, now_ns = self._tip(), self._clock()
+        if tip != self._tip_told:
+            self._tip_told, self._tip_since_ns = tip, now_ns
+        for publisher in self._publishers:
+            index = self._status.peer_index(publisher.name)
+            if index is None:
+                continue
+            row = self._status.layout.peers[index]
+            age_ns = now_ns - self._tip_since_ns
+            silent = publisher.connected and age_ns >= self._silent_ns and not publisher.has_named(tip)
+            with writing(row):
+                row.source = Source.ZMQ
+                row.agent = b"ZMQ publisher"
+                row.connected = publisher.connected
+                row.connects, row.failures = publisher.connects, publisher.failures
+                row.bytes_received, row.skipped_messages = publisher.received_bytes, publisher.skipped
+                row.lost_messages = publisher.lost
+                row.silent_ns = age_ns if silent else 0
+                row.last_error = publisher.last_error.encode()[:127]
+
+    def close(self) -> None:
+        """Leave all publishers."""
+        for publisher in self._publishers:
+            publisher.close()
+        self._epoll.close()
+        self._context.term()

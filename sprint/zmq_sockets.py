@@ -1,0 +1,134 @@
+"""libzmq's sockets as Sprint uses them, on both sides: how they are set up, read to the end, and watched.
+
+Two traps of libzmq shape this module. A socket's descriptor only says that something happened inside: it falls silent
+as soon as any call on the socket has looked, with messages still waiting, so every look reads on until nothing is left,
+or remembers that something is. And a subscriber that reconnects sends its subscriptions again only when somebody looks
+at its socket: whoever owns one must do so whenever the descriptor is readable, message or not.
+
+A context belongs to the process that made it: it is made after the fork.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sprint.zmq_wire import HIGH_WATER_MARK, MAX_MESSAGE_SIZE
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from sprint.addresses import Address
+
+    Frames = list[zmq.Frame]
+    Context = zmq.Context[zmq.Socket[bytes]]
+    Socket = zmq.Socket[bytes]
+
+HEARTBEAT_MS: Final = 2_000
+HEARTBEAT_TIMEOUT_MS: Final = 6_000
+"""A publisher's host that vanished without a word is given up after this. libzmq answers pings from a thread of its
+own, so that a node busy with a block doesn't look dead. Publishers have no timer of their own: who reads, watches."""
+FIRST_RECONNECT_MS: Final = 200
+LAST_RECONNECT_MS: Final = 2_000
+RECEIVE_HIGH_WATER_MARK: Final = 32
+"""Whole messages that wait here, of up to 4 MB each; then TCP holds the publisher back."""
+FRAMES: Final = 3
+"""Of each message; what comes beyond is thrown away as it is read."""
+MAX_EVENTS: Final = 64
+"""A connection's events taken in one look; a publisher that can't be reached makes five a second at most."""
+
+CONNECTED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
+DISCONNECTED: Final = zmq.EVENT_DISCONNECTED
+REFUSED: Final = zmq.EVENT_CLOSED
+ACCEPTED: Final = zmq.EVENT_ACCEPTED
+
+
+def new_context() -> Context:
+    """A context of this process: one thread of libzmq's that moves the bytes."""
+    return zmq.Context(io_threads=1)
+
+
+def subscriber(context: Context, node: Address, topics: Sequence[bytes]) -> tuple[Socket, Socket]:
+    """A socket that reads a publisher, now and whenever it is back, and the socket that tells of its connection."""
+    sub = context.socket(zmq.SUB)
+    sub.setsockopt(zmq.LINGER, 0)
+    sub.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+    sub.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_SIZE)
+    sub.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    sub.setsockopt(zmq.RECONNECT_IVL, FIRST_RECONNECT_MS)
+    sub.setsockopt(zmq.RECONNECT_IVL_MAX, LAST_RECONNECT_MS)
+    sub.setsockopt(zmq.IPV6, int(":" in node.host))
+    for topic in topics:
+        sub.setsockopt(zmq.SUBSCRIBE, topic)
+    events = sub.get_monitor_socket(CONNECTED | DISCONNECTED | REFUSED)
+    sub.connect(f"tcp://{node}")
+    return sub, events
+
+
+def publisher(context: Context, listener: socket.socket) -> tuple[Socket, Socket]:
+    """A socket that publishes to whoever connects to `listener`, which it takes over, and the one that tells of them.
+
+    It hears what is subscribed to (XPUB), and is a PUB socket to everybody else. Messages over the high-water mark of a
+    slow subscriber are dropped for that one, as Core does.
+    """
+    host, port = listener.getsockname()[:2]
+    pub = context.socket(zmq.XPUB)
+    pub.setsockopt(zmq.LINGER, 0)
+    pub.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    pub.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION)
+    pub.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    pub.setsockopt(zmq.IPV6, int(":" in host))
+    listener.setblocking(False)
+    pub.setsockopt(zmq.USE_FD, listener.detach())
+    events = pub.get_monitor_socket(CONNECTED | DISCONNECTED)
+    pub.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+    return pub, events
+
+
+MAX_SUBSCRIPTION: Final = 256
+"""Bytes of what a subscriber may say: a topic's prefix and a byte."""
+
+
+def descriptor(one: Socket) -> int:
+    """The socket's descriptor, for epoll: readable means that it must be looked at."""
+    return int(one.getsockopt(zmq.FD))
+
+
+def receive(one: Socket) -> Frames | None:
+    """The next message, its first three frames, uncopied; one with more or fewer is `[]`; None: there is none."""
+    frames: Frames = []
+    try:
+        frame = one.recv(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames.append(frame)
+    count = 1
+    while frame.more:  # the rest of a message is there as soon as its beginning is
+        frame = one.recv(zmq.NOBLOCK, copy=False)
+        count += 1
+        if count <= FRAMES:
+            frames.append(frame)
+    return frames if count == FRAMES else []
+
+
+def events_of(monitor: Socket) -> list[tuple[int, int]]:
+    """What has happened to a socket's connections: libzmq's event and its value, a few at a time."""
+    found: list[tuple[int, int]] = []
+    while len(found) < MAX_EVENTS:
+        try:
+            message = recv_monitor_message(monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            break
+        found.append((int(message["event"]), int(message["value"])))
+    return found
+
+
+def close(one: Socket, monitor: Socket) -> None:
+    """Close both, dropping what waits."""
+    one.disable_monitor()
+    monitor.close(0)
+    one.close(0)
