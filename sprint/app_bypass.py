@@ -2,23 +2,18 @@
 
 It alone holds the BPF links, so that a relay can die and come back without them, and so that nothing stays on an
 interface when it dies itself. What it holds is in one or more holdings (the capture's is in ingress); this module has
-what they share: the loop, news of links, the status, and the socket pairs by which others get descriptors.
-
-Over a socket pair, which both sides were forked with, a process asks by `<kind>?` for what one holding hands over, and
-gets it then, as soon as there is any, and whenever that has changed: one message of JSON, whose `kind` tells whose it
-is, with the descriptors; `"ended": true` when there is nothing any more.
+what they share: the loop, news of links, the status, and the lines by which others get descriptors (see bypass_line).
 """
 
 from __future__ import annotations
 
-import json
 import selectors
 import signal
-import socket
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sprint.bypass_line import HoldingEnd
 from sprint.composition import BYPASS_INACTIVE
 from sprint.ingress import Ingress
 from sprint.sources.capture import CaptureSource
@@ -28,6 +23,7 @@ from xdp.links import clean
 from xdp.segments import Backend
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from sprint.bitcoin.networks import Network
@@ -37,7 +33,6 @@ if TYPE_CHECKING:
 
 TICK_S = 0.25
 """How old the counters in the status may be, and how long a link that was forced off stays so."""
-MAX_ASKED = 64
 
 
 class Holding(Protocol):
@@ -65,40 +60,14 @@ class Holding(Protocol):
         """Take everything off and away."""
 
 
-class _Consumer:
-    """A process at the other end of a socket pair, or its successor."""
-
-    def __init__(self, control: socket.socket) -> None:
-        control.setblocking(False)
-        self.control = control
-        self.kinds: set[str] = set()
-        """What has been asked for; a successor asks again, of the same things."""
-
-    def asked(self) -> set[str]:
-        """What is asked for now."""
-        kinds = set()
-        with suppress(OSError):
-            while message := self.control.recv(MAX_ASKED):
-                kinds.add(message.decode("ascii", "replace").removesuffix("?"))
-        self.kinds |= kinds
-        return kinds
-
-    def send(self, holding: Holding) -> None:
-        """Hand over what there is. Unread messages may fill the socket: whoever comes there next asks."""
-        found = holding.handover()
-        facts, descriptors = ({"ended": True}, []) if found is None else found
-        with suppress(OSError):
-            socket.send_fds(self.control, [json.dumps({"kind": holding.kind, **facts}).encode()], descriptors)
-
-
 class BypassProcess:
     """One process's work, from start to SIGTERM."""
 
     def __init__(self, config: Config, status: StatusBlock, controls: Sequence[socket.socket], log: Any) -> None:
-        """`controls`: this side of each socket pair; who is at the other matters not, only what is asked for."""
+        """`controls`: this end of each line; who is at the other matters not, only what is asked for."""
         self._status = status
         self._log = log
-        self._consumers = [_Consumer(control) for control in controls]
+        self._lines = [HoldingEnd(control) for control in controls]
         self._holdings: list[Holding] = [Ingress(config, log)]
         self._stopping = False
 
@@ -110,8 +79,8 @@ class BypassProcess:
             self._tell()
             with LinkMonitor() as monitor, selectors.DefaultSelector() as selector:
                 selector.register(monitor, selectors.EVENT_READ)
-                for consumer in self._consumers:
-                    selector.register(consumer.control, selectors.EVENT_READ, consumer)
+                for line in self._lines:
+                    selector.register(line, selectors.EVENT_READ, line)
                 for holding in self._holdings:
                     for descriptor in holding.descriptors():
                         selector.register(descriptor, selectors.EVENT_READ)
@@ -119,8 +88,8 @@ class BypassProcess:
                     self._tend()
                     self._tell()
                     ready = [key for key, _ in selector.select(TICK_S)]
-                    for consumer in (key.data for key in ready if key.data is not None):
-                        self._answer(consumer)
+                    for line in (key.data for key in ready if key.data is not None):
+                        self._answer(line)
                     if any(key.fileobj is monitor for key in ready):
                         news, now_ns = monitor.poll(), time.monotonic_ns()
                         for holding in self._holdings:
@@ -143,15 +112,17 @@ class BypassProcess:
     def _tend(self) -> None:
         for holding in self._holdings:
             if holding.tend(time.monotonic_ns()):
-                for consumer in self._consumers:
-                    if holding.kind in consumer.kinds:
-                        consumer.send(holding)
+                found = holding.handover()
+                for line in self._lines:
+                    if holding.kind in line.kinds:
+                        line.hand_over(holding.kind, found)
 
-    def _answer(self, consumer: _Consumer) -> None:
-        kinds = consumer.asked()
+    def _answer(self, line: HoldingEnd) -> None:
+        kinds = line.asked()
         for holding in self._holdings:
-            if holding.kind in kinds and holding.handover() is not None:
-                consumer.send(holding)
+            found = holding.handover() if holding.kind in kinds else None
+            if found is not None:
+                line.hand_over(holding.kind, found)
 
     def _tell(self) -> None:
         """The contract's kernelBypass object, as it is now."""

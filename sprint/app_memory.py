@@ -20,7 +20,11 @@ from sprint.app_relay import RelayProcess
 from sprint.app_workers import Workers
 from sprint.channels import EventChannel, SocketChannel
 from sprint.composition import Shared, bypass_wanted, facts_of, log_relayed
+from sprint.deliveries import udp_link
 from sprint.deliveries.stream import StreamDelivery
+from sprint.deliveries.udp import UdpDelivery, bound_address
+from sprint.deliveries.udp_sessions import UdpService
+from sprint.deliveries.zmq import ZmqDelivery
 from sprint.engines.relay_log import PipeLog
 from sprint.engines.supervisor import Child, Supervisor
 from sprint.errors import HostError
@@ -30,6 +34,7 @@ from sprint.record import decode
 from sprint.ring import Ring, RingReader, size_for
 from sprint.seats import size_for as seats_size_for
 from sprint.shared_memory import SharedMemory
+from sprint.sources.rebuild import RebuildLine
 from sprint.status import DELIVERIES, PROCESSES, StatusBlock
 from sprint.status import SIZE as STATUS_SIZE
 
@@ -67,6 +72,7 @@ class MemorySprint:
         self._workers = Workers(self._shared, log)
         self._seen = RingReader(ring)
         self._channels: dict[str, Channel] = {}
+        self._line = RebuildLine()
         self._rows = 0
         self._control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if bypass_wanted(config) else None
         """The relay's end and the bypass's."""
@@ -82,15 +88,21 @@ class MemorySprint:
             for listener in streams:
                 stack.callback(listener.close)
             check_socket_path(config.shm_socket)
+            datagrams = UdpDelivery.bind(config.udp_bind)
+            stack.callback(datagrams.close)
+            publisher = ZmqDelivery.listen(config.zmq_bind)
+            stack.callback(publisher.close)
             self._relay_log, self._log_channel = PipeLog(), EventChannel()
             stack.callback(lambda: self._relay_log.forward(log))
-            self._children = self._family(streams)
+            self._children = self._family(streams, datagrams, publisher)
             facts = self._status.facts
             host, port = streams[0].getsockname()[:2]
             facts["binds"] = {
                 "api": str(self._api.address),
                 "stream": str(Address(host, port)),
+                "udp": str(bound_address(datagrams)),
                 "shm": str(config.shm_socket),
+                "zmq": str(Address(*publisher.getsockname()[:2])),
             }
             self._status.facts = facts
             log.info("Listening", **facts["binds"], network=config.network.name)
@@ -107,14 +119,20 @@ class MemorySprint:
             ).run()
         log.info("Stopped")
 
-    def _family(self, streams: list[socket.socket]) -> tuple[Child, ...]:
+    def _family(
+        self, streams: list[socket.socket], datagrams: socket.socket, publisher: socket.socket
+    ) -> tuple[Child, ...]:
         """All children, in the order in which they are started."""
         family = [Child("relay", self._be_relay)]
         if self._control is not None:
             family.append(Child("bypass", self._be_bypass))
-        for number, listener in enumerate(streams):
-            family.append(self._worker(f"stream-{number}", self._workers.be_stream, number, listener))
+        links = [udp_link.pair() for _ in streams]
+        for number, (listener, (link, _)) in enumerate(zip(streams, links, strict=True)):
+            service = UdpService(bound_address(datagrams), link)
+            family.append(self._worker(f"stream-{number}", self._workers.be_stream, number, listener, service))
+        family.append(self._worker("udp", self._workers.be_udp, datagrams, [link for _, link in links]))
         family.append(self._worker("shm", self._workers.be_shm))
+        family.append(self._worker("zmq", self._workers.be_zmq, publisher, self._line))
         family.append(Child("api", lambda: self._workers.be_api(self._api)))
         self._channels["log"] = self._log_channel
         return tuple(family)
@@ -133,6 +151,7 @@ class MemorySprint:
             self._header_file,
             list(self._channels.values()),
             self._relay_log,
+            self._line,
             self._control[0] if self._control is not None else None,
         ).run()
 

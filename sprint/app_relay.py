@@ -6,6 +6,7 @@ from.
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
@@ -25,7 +26,9 @@ from sprint.relay import Relay
 from sprint.ring import RingWriter
 from sprint.sources.bypass import BypassSource
 from sprint.sources.p2p import P2PSource
+from sprint.sources.rebuild import RebuildSource
 from sprint.sources.upstream import Upstream
+from sprint.sources.zmq import ZmqSource
 from sprint.status import STEPS
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from sprint.header_file import HeaderFile
     from sprint.optimize import Step
     from sprint.sources import Source
+    from sprint.sources.rebuild import RebuildLine
 
 REALTIME_PRIORITY = 10
 """SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
@@ -54,9 +58,11 @@ class RelayProcess:
         header_file: HeaderFile,
         channels: Sequence[Publishes],
         log: PipeLog,
+        line: RebuildLine,
         control: socket.socket | None,
     ) -> None:
-        """`channels` are signalled in this order; `control` is the relay's end of the pair that the bypass has."""
+        """`channels` are signalled in this order; `line` brings whole blocks; `control` is the relay's end of the pair
+        that the bypass has."""
         self._shared = shared
         self._config = shared.config
         self._ring = shared.ring
@@ -65,6 +71,7 @@ class RelayProcess:
         self._header_file = header_file
         self._channels = channels
         self._log = log
+        self._line = line
         self._control = control
 
     def run(self) -> None:
@@ -85,7 +92,7 @@ class RelayProcess:
             ring=self._ring,
             ledger=Ledger(self._status),
             header_file=self._header_file,
-            sources=[*self._bypass_source(), source],
+            sources=[*self._bypass_source(), source, *self._zmq_source(), RebuildSource(self._line)],
             log=log,
         )
         turns.publish(unsaid)
@@ -120,7 +127,7 @@ class RelayProcess:
 
     def _rehearsal(self) -> Rehearsal | None:
         try:
-            return open_rehearsal()
+            return open_rehearsal(captures=self._control is not None)
         except (HostError, OSError) as error:  # a cold path is still a path
             self._log.warning("The path is not kept warm", reason=str(error))
             return None
@@ -132,6 +139,16 @@ class RelayProcess:
             row.name, row.applied, row.detail = name, step.applied, detail
             if not step.applied and not known:
                 self._log.warning("System optimisation refused", step=step.name, reason=step.detail)
+
+    def _zmq_source(self) -> list[Source]:
+        """The nodes' publishers, if there are any."""
+        if not self._config.zmq_nodes:
+            return []
+        cpus = os.sched_getaffinity(0)
+        self._shared.leave_relay_alone()  # libzmq's thread inherits that
+        source = ZmqSource(self._config.zmq_nodes, lambda: self._chain.tip_hash, self._status)
+        os.sched_setaffinity(0, cpus)
+        return [source]
 
     def _bypass_source(self) -> list[Source]:
         """The capture, if there is to be one: it is asked before the plain sockets."""
@@ -150,8 +167,8 @@ class RelayProcess:
         ]
 
 
-def open_rehearsal() -> Rehearsal:
-    """A rehearsal over a loopback connection of our own."""
+def open_rehearsal(*, captures: bool = False) -> Rehearsal:
+    """A rehearsal over a loopback connection of our own; `captures`: and of a capture."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         upstream = Upstream(Address("127.0.0.1", port), NETWORKS["regtest"], secrets.randbits(64), lambda: 0)
@@ -159,4 +176,8 @@ def open_rehearsal() -> Rehearsal:
         upstream.connect(time.monotonic_ns(), high_bandwidth=True)
         theirs, _ = listener.accept()
     theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Rehearsal(upstream, theirs)
+    if not captures:
+        return Rehearsal(upstream, theirs)
+    from sprint.sources.capture import Overheard  # noqa: PLC0415 - only where it is wanted: it brings the BPF loader
+
+    return Rehearsal(upstream, theirs, Overheard())

@@ -10,19 +10,23 @@ import asyncio
 import signal
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sprint.app_zmq import ZmqDesk
 from sprint.composition import keep_checking, session_limit
 from sprint.deliveries.shm import ShmDelivery
 from sprint.deliveries.stream import StreamDelivery
+from sprint.deliveries.udp import UdpDelivery
 from sprint.optimize import Optimizations, Plan
 from sprint.status import STEPS
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sprint.api.server import ApiServer
     from sprint.channels import Channel
     from sprint.composition import Shared
+    from sprint.deliveries.udp_sessions import UdpService
+    from sprint.sources.rebuild import RebuildLine
     from sprint.status import Delivery
 
 WORKER_PRIORITY = 5
@@ -46,7 +50,7 @@ class Workers:
         self._log = log
         self._config = shared.config
 
-    def be_stream(self, channel: Channel, row: int, number: int, listener: socket.socket) -> None:
+    def be_stream(self, channel: Channel, row: int, number: int, listener: socket.socket, udp: UdpService) -> None:
         """Serve TCP subscribers of `listener`; the accounts are `row` of the status block's."""
         config, gate = self._config, self._shared.admission(row)
         delivery = StreamDelivery(
@@ -58,6 +62,7 @@ class Workers:
             max_sessions=session_limit(),
             max_sessions_per_address=config.connections_per_address,
             seats=gate.seats,
+            udp=udp,
         )
 
         def start(loop: asyncio.AbstractEventLoop) -> None:
@@ -83,6 +88,30 @@ class Workers:
             keep_checking(loop, gate, self._log if row == 0 else None)  # one speaks for all
 
         asyncio.run(self._deliver(channel, delivery, start))
+
+    def be_zmq(self, channel: Channel, row: int, listener: socket.socket, line: RebuildLine) -> None:
+        """Publish by ZMQ, and fetch the whole blocks for it and for the relay."""
+        desk = ZmqDesk(
+            self._config,
+            self._shared.ring,
+            self._shared.status,
+            self._accounts(row, "zmq"),
+            self._log,
+            report=line.report,
+        )
+        asyncio.run(self._deliver(channel, desk, lambda loop: desk.start(loop, listener)))
+
+    def be_udp(self, channel: Channel, row: int, sock: socket.socket, links: Sequence[socket.socket]) -> None:
+        """Serve UDP subscribers by that socket; `links` are this side's ends to the stream workers."""
+        delivery = UdpDelivery(
+            self._shared.ring,
+            self._accounts(row, "udp"),
+            self._shared.status.layout.udp,
+            links,
+            write_deadline_ns=self._config.write_deadlines_ns(),
+        )
+        self._shared.status.layout.udp.by_fanout = 0
+        asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.start(loop, sock)))
 
     def be_api(self, api: ApiServer) -> None:
         """Answer HTTP from the status block."""

@@ -182,10 +182,10 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: detect, ring, stream or wire.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: bulk, detect, ring, stream or wire.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it, too: all but wire.")
+        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it, too: all but bulk and wire.")
     ] = None,
     subscribers: Annotated[
         int | None, typer.Option(min=1, max=1_000_000, help="stream: the largest number. Default: 10,000.")

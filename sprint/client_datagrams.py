@@ -17,7 +17,7 @@ from sprint.addresses import Address, parse_address
 from sprint.arrivals import Arrivals
 from sprint.bitcoin.networks import NETWORKS
 from sprint.client_protocol import ClientProtocol, Subscribed, check_proof
-from sprint.datagrams import TOKEN_SIZE, Beat, Challenge, Echo, KeepAlive, from_server
+from sprint.datagrams import TOKEN_SIZE, Challenge, Echo, KeepAlive, from_server
 from sprint.errors import RemoteProtocolError
 from sprint.events import Lapped
 from sprint.frames import Heartbeat, Item, UdpChange, UdpState, json_line
@@ -66,13 +66,15 @@ class DatagramProtocol(ClientProtocol):
         self._repair_ns = 0
         self._asked = (0, 0)
         """The first sequence asked for, and how often on end."""
+        self._early: Challenge | None = None
+        """One that came before the answer over TCP."""
         self._datagrams: list[bytes] = []
         self._lines = b""
 
     def connected(self, now_ns: int, udp_port: int = 0) -> bytes:
         """As ClientProtocol's; records are wanted at this connection's own address, on that port."""
         self._port = udp_port
-        self._token, self._lines = b"", b""
+        self._token, self._lines, self._early = b"", b"", None
         self._datagrams.clear()
         self.active = self._replayed = False
         self._keep_alive_ns = self._repair_ns = 0
@@ -89,6 +91,8 @@ class DatagramProtocol(ClientProtocol):
         for item in items:
             if isinstance(item, Subscribed) and self._token:
                 self._keep_alive_ns, self._pause_ns = now_ns + FIRST_KEEP_ALIVE_NS, FIRST_KEEP_ALIVE_NS
+                if self._early is not None:
+                    self._answer_challenge(self._early)
             elif isinstance(item, UdpChange):
                 self._pause_ns = KEEP_ALIVE_NS if self.active else FIRST_KEEP_ALIVE_NS
                 self._keep_alive_ns = now_ns + self._pause_ns
@@ -99,15 +103,17 @@ class DatagramProtocol(ClientProtocol):
         """The record that a datagram from `server` brings, if it is one, and news."""
         said = from_server(data)
         items: list[Item] = []
-        if isinstance(said, Challenge) and said.session == self.session and self._token:
-            self._datagrams.append(Echo(self._token, said.cookie).encode())
-        elif isinstance(said, Beat) and said.session == self.session and self._expected(said.sequence):
-            pass
-        elif isinstance(said, bytes) and (record := self._believed(said)) is not None:
-            self.by_datagram += 1
-            items.append(record)
+        if isinstance(said, bytes):
+            record = self._believed(said)
+            meant = record is not None
+            if record is not None:
+                self.by_datagram += 1
+                items.append(record)
+        elif isinstance(said, Challenge):
+            meant = self._answer_challenge(said)
         else:
-            self.ignored += 1
+            meant = said is not None and said.session == self.session and self._expected(said.sequence)
+        self.ignored += not meant
         self._plan(now_ns)
         return items
 
@@ -200,6 +206,15 @@ class DatagramProtocol(ClientProtocol):
 
     def _plausible(self, sequence: int) -> bool:
         return self._arrivals is not None and sequence <= self._verified + AHEAD
+
+    def _answer_challenge(self, challenge: Challenge) -> bool:
+        if not self._token:
+            self._early = challenge
+        elif challenge.session == self.session:
+            self._datagrams.append(Echo(self._token, challenge.cookie).encode())
+        else:
+            return False
+        return True
 
     def _expected(self, sequence: int) -> bool:
         """Note that a record exists, if that can be believed."""

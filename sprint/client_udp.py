@@ -11,7 +11,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from contextlib import closing, suppress
+from contextlib import aclosing, closing, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sprint.client_retry import TROUBLE
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sprint.frames import Item
 
 _READ: Final = 1 << 16
-_DATAGRAMS_A_TURN: Final = 64
+_EARLY: Final = 64
+"""Datagrams taken in one go, and kept until TCP has told where the server sends from."""
 _QUEUED: Final = 4_096
 """Datagrams that wait for an asyncio subscriber who is busy elsewhere; what comes then is lost, and fetched again."""
 
@@ -39,6 +40,7 @@ class _Port:
     def __init__(self) -> None:
         self.sock: socket.socket | None = None
         self._peer = ""
+        self._early: deque[tuple[bytes, Any]] = deque(maxlen=_EARLY)
 
     def open_beside(self, connection: socket.socket) -> int:
         """Have a socket at the address that the connection has here; returns its port."""
@@ -65,16 +67,19 @@ class _Port:
 
     def receive(self, protocol: DatagramProtocol) -> list[Item]:
         """What has come from the server."""
+        if self.sock is None:
+            return []
+        with suppress(OSError):  # it would block, or there is an ICMP error to something that we sent
+            for _ in range(_EARLY):
+                self._early.append(self.sock.recvfrom(MAX_FROM_SERVER + 1))
+        return self.sort(protocol, self._early)
+
+    def sort(self, protocol: DatagramProtocol, came: deque[tuple[bytes, Any]]) -> list[Item]:
+        """Those of the server; before it is known where that is, they wait."""
         items: list[Item] = []
         server = self.server(protocol)
-        for _ in range(_DATAGRAMS_A_TURN if self.sock is not None else 0):
-            assert self.sock is not None
-            try:
-                data, source = self.sock.recvfrom(MAX_FROM_SERVER + 1)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError:  # an ICMP error to something that we sent
-                continue
+        while came and server is not None:
+            data, source = came.popleft()
             if source[:2] == server:
                 items += protocol.receive_datagram(data, time.monotonic_ns())
         return items
@@ -125,6 +130,7 @@ def _one_session(
                         data = b""
                         pauses.reset()
                         yield from items
+                    yield from port.receive(protocol)
                 elif time.monotonic_ns() >= protocol.deadline():
                     protocol.on_timer(time.monotonic_ns())
                 port.send(protocol)
@@ -169,14 +175,8 @@ class _Inbox(asyncio.DatagramProtocol):
 
     def receive(self, protocol: DatagramProtocol) -> list[Item]:
         """What has come from the server."""
-        items: list[Item] = []
         self.arrived.clear()
-        server = self._port.server(protocol)
-        while self._came:
-            data, source = self._came.popleft()
-            if source[:2] == server:
-                items += protocol.receive_datagram(data, time.monotonic_ns())
-        return items
+        return self._port.sort(protocol, self._came)
 
     def send(self, protocol: DatagramProtocol) -> None:
         """What the protocol has to say."""
@@ -191,44 +191,57 @@ async def datagram_events_async(
     """As datagram_events(), for asyncio."""
     with closing(_Inbox()) as inbox:
         while True:
-            reading: asyncio.Task[bytes] | None = None
             try:
                 opening = asyncio.open_connection(where.host, where.port, limit=_READ)
                 reader, writer = await asyncio.wait_for(opening, ANSWER_TIMEOUT_NS / 1e9)
                 with closing(writer):
                     number = await inbox.open_beside(writer.get_extra_info("socket"))
                     writer.write(protocol.connected(time.monotonic_ns(), number))
-                    while True:
-                        reading = reading or asyncio.ensure_future(reader.read(_READ))
-                        await _either(reading, inbox.arrived, _seconds_left(protocol))
-                        for item in inbox.receive(protocol):
+                    async with aclosing(_one_session_async(protocol, reader, writer, inbox)) as stream:
+                        async for item in stream:
+                            pauses.reset()
                             yield item
-                        if reading.done():
-                            data = reading.result()
-                            reading = None
-                            if not data:
-                                raise ConnectionLostError(f"{where} closed the connection")
-                            while items := protocol.receive(data, time.monotonic_ns()):
-                                data = b""
-                                pauses.reset()
-                                for said in items:
-                                    yield said
-                        elif time.monotonic_ns() >= protocol.deadline():
-                            protocol.on_timer(time.monotonic_ns())
-                        inbox.send(protocol)
-                        if lines := protocol.data_to_send():
-                            writer.write(lines)
+                raise ConnectionLostError(f"{where} closed the connection")
             except TROUBLE as error:
                 pause_s = pauses.after(error)
-            finally:
-                if reading is not None and not reading.cancel():
-                    reading.exception()  # or asyncio would complain that nobody had asked
             until = time.monotonic() + pause_s
             while (left_s := until - time.monotonic()) > 0:
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(inbox.arrived.wait(), left_s)
                 for item in inbox.receive(protocol):
                     yield item
+
+
+async def _one_session_async(
+    protocol: DatagramProtocol, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, inbox: _Inbox
+) -> AsyncGenerator[Item | Subscribed, None]:
+    """One TCP connection's time, until the server closes it."""
+    reading: asyncio.Task[bytes] | None = None
+    try:
+        while True:
+            reading = reading or asyncio.ensure_future(reader.read(_READ))
+            await _either(reading, inbox.arrived, _seconds_left(protocol))
+            for item in inbox.receive(protocol):
+                yield item
+            if reading.done():
+                data = reading.result()
+                reading = None
+                if not data:
+                    return
+                while items := protocol.receive(data, time.monotonic_ns()):
+                    data = b""
+                    for said in items:
+                        yield said
+                for item in inbox.receive(protocol):
+                    yield item
+            elif time.monotonic_ns() >= protocol.deadline():
+                protocol.on_timer(time.monotonic_ns())
+            inbox.send(protocol)
+            if lines := protocol.data_to_send():
+                writer.write(lines)
+    finally:
+        if reading is not None and not reading.cancel():
+            reading.exception()  # or asyncio would complain that nobody had asked
 
 
 async def _either(reading: asyncio.Task[bytes], arrived: asyncio.Event, timeout_s: float) -> None:

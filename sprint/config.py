@@ -45,6 +45,7 @@ class Config:
     upstreams: tuple[Address, ...]
     api_bind: Address
     stream_bind: Address
+    udp_bind: Address
     zmq_nodes: tuple[Address, ...]
     zmq_bind: Address
     zmq_proof: str
@@ -119,6 +120,7 @@ def _resolve(settings: Settings, environ: dict[str, str], warnings: tuple[str, .
         upstreams=upstreams,
         api_bind=settings.api_bind,
         stream_bind=settings.stream_bind,
+        udp_bind=settings.udp_bind,
         zmq_nodes=settings.zmq_node or (),
         zmq_bind=settings.zmq_bind,
         zmq_proof=settings.zmq_proof,
@@ -139,7 +141,7 @@ def _known(values: dict[str, str]) -> dict[str, str]:
 def _choose_group(raw: dict[str, str]) -> dict[str, str]:
     """Let the tier's own nodes take the place of the common ones; by which name each was given."""
     tier = raw.get("tier", Tier.FREE.label).strip().lower()
-    spelt = {name: own for name in GROUPED if (own := f"{tier}_{name}") in raw}
+    spelt: dict[str, str] = {name: own for name in GROUPED if (own := f"{tier}_{name}") in raw}
     raw |= {name: raw[own] for name, own in spelt.items()}
     return spelt
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sprint.bypass_line import CAPTURE
 from sprint.composition import BYPASS_INACTIVE, LOADING
 from sprint.tiers import NS_PER_S
 from sprint.uplinks import Uplinks
@@ -75,7 +76,7 @@ class Place:
 class Ingress:
     """The capture's half of the bypass process: see app_bypass.Holding."""
 
-    kind = "capture"
+    kind = CAPTURE
 
     def __init__(self, config: Config, log: Any) -> None:
         self._config = config
@@ -276,13 +277,13 @@ class Ingress:
             "active": bool(active),
             "mode": max(modes, key=MODES.index) if modes else None,
             "interfaces": [place.name for place in active],
-            "reason": _printable("; ".join(reasons), MAX_REASONS) if reasons else None,
+            "reason": _printable("; ".join(reasons) or None, MAX_REASONS),
             "attached": [
                 {
                     "interface": place.name,
                     "mode": None if place.hook is None else place.hook.mode,
                     "active": place.active,
-                    "reason": place.reason and _printable(place.reason, MAX_REASON),
+                    "reason": _printable(place.reason or (self._reason if place.hook is None else None), MAX_REASON),
                 }
                 for place in places
             ],
@@ -313,7 +314,9 @@ def _facts(name: str) -> Interface | None:
         return None
 
 
-def _printable(text: str, most: int) -> str:
+def _printable(text: str | None, most: int) -> str | None:
     """In ASCII, which is as long in JSON as it looks: a program that is named here may be called anything."""
+    if text is None:
+        return None
     shown = "".join(letter if " " <= letter <= "~" and letter not in '"\\' else "?" for letter in text)
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."

@@ -235,11 +235,17 @@ class Settings(BaseModel):
     )
     zmq_proof: Annotated[str, BeforeValidator(_zmq_proof)] = Field(
         "node",
-        description="When hashblock and rawblock go out: node, when a node has connected the block; header, when proven.",
+        description="When hashblock and rawblock go out: node, once a node has connected the block; "
+        "header, once proven.",
         examples=["node"],
     )
     connections_per_address: Annotated[int, BeforeValidator(_connections)] = Field(
         1024, description="How many stream connections one address (of IPv6, one /64) may have.", examples=["1024"]
+    )
+    udp_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
+        Address("127.0.0.1", 8436),
+        description="Where UDP records come from, on turbo and enterprise.",
+        examples=["127.0.0.1:8436"],
     )
     delivery_workers: Annotated[int, BeforeValidator(_workers)] | None = Field(
         None,

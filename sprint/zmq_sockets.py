@@ -1,20 +1,26 @@
 """libzmq's sockets as Sprint uses them, on both sides: how they are set up, read to the end, and watched.
 
-Two traps of libzmq shape this module. A socket's descriptor only says that something happened inside: it falls silent
+Three traps of libzmq shape this module. A socket's descriptor only says that something happened inside: it falls silent
 as soon as any call on the socket has looked, with messages still waiting, so every look reads on until nothing is left,
-or remembers that something is. And a subscriber that reconnects sends its subscriptions again only when somebody looks
-at its socket: whoever owns one must do so whenever the descriptor is readable, message or not.
+or remembers that something is. A subscriber that reconnects sends its subscriptions again only when somebody looks at
+its socket: whoever owns one must do so whenever the descriptor is readable, message or not. And a subscriber whose
+publisher once breaks the protocol, by a message that is too large, say, never connects again: PublisherLink then begins
+anew.
 
 A context belongs to the process that made it: it is made after the fork.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sprint.tiers import NS_PER_S
 from sprint.zmq_wire import HIGH_WATER_MARK, MAX_MESSAGE_SIZE
 
 if TYPE_CHECKING:
@@ -35,8 +41,12 @@ FIRST_RECONNECT_MS: Final = 200
 LAST_RECONNECT_MS: Final = 2_000
 RECEIVE_HIGH_WATER_MARK: Final = 32
 """Whole messages that wait here, of up to 4 MB each; then TCP holds the publisher back."""
+MAX_SUBSCRIPTION: Final = 256
+"""Bytes of what a subscriber may say: a topic's prefix and a byte."""
 FRAMES: Final = 3
 """Of each message; what comes beyond is thrown away as it is read."""
+RENEW_NS: Final = 5 * NS_PER_S
+"""A subscriber without a connection for so long begins anew: libzmq may have given it up."""
 MAX_EVENTS: Final = 64
 """A connection's events taken in one look; a publisher that can't be reached makes five a second at most."""
 
@@ -51,22 +61,84 @@ def new_context() -> Context:
     return zmq.Context(io_threads=1)
 
 
-def subscriber(context: Context, node: Address, topics: Sequence[bytes]) -> tuple[Socket, Socket]:
-    """A socket that reads a publisher, now and whenever it is back, and the socket that tells of its connection."""
-    sub = context.socket(zmq.SUB)
-    sub.setsockopt(zmq.LINGER, 0)
-    sub.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
-    sub.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_SIZE)
-    sub.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    sub.setsockopt(zmq.RECONNECT_IVL, FIRST_RECONNECT_MS)
-    sub.setsockopt(zmq.RECONNECT_IVL_MAX, LAST_RECONNECT_MS)
-    sub.setsockopt(zmq.IPV6, int(":" in node.host))
-    for topic in topics:
-        sub.setsockopt(zmq.SUBSCRIBE, topic)
-    events = sub.get_monitor_socket(CONNECTED | DISCONNECTED | REFUSED)
-    sub.connect(f"tcp://{node}")
-    return sub, events
+class PublisherLink:
+    """A socket that reads one publisher, now and whenever it is back, and what is known of its connection."""
+
+    def __init__(self, context: Context, node: Address, topics: Sequence[bytes]) -> None:
+        self.connected = False
+        self.connects = self.failures = 0
+        self.last_error = ""
+        self._endpoint = f"tcp://{node}"
+        self._renew_ns = 0
+        self._sub = sub = context.socket(zmq.SUB)
+        sub.setsockopt(zmq.LINGER, 0)
+        sub.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        sub.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_SIZE)
+        sub.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        sub.setsockopt(zmq.RECONNECT_IVL, FIRST_RECONNECT_MS)
+        sub.setsockopt(zmq.RECONNECT_IVL_MAX, LAST_RECONNECT_MS)
+        sub.setsockopt(zmq.IPV6, int(":" in node.host))
+        for topic in topics:
+            sub.setsockopt(zmq.SUBSCRIBE, topic)
+        self._monitor = sub.get_monitor_socket(CONNECTED | DISCONNECTED | REFUSED)
+
+    def descriptors(self) -> tuple[int, int]:
+        """What to watch: whenever one is readable, look() and receive() until there is nothing."""
+        return descriptor(self._sub), descriptor(self._monitor)
+
+    def look(self, now_ns: int) -> bool:
+        """Take note of what has happened to the connection, and begin a new one if there has long been none.
+
+        Returns True when there is a new one after another: what was said between them is missed.
+        """
+        again = False
+        for event, value in events_of(self._monitor):
+            if event == CONNECTED:
+                self.connected, self.last_error = True, ""
+                self.connects += 1
+                again = again or self.connects > 1
+            elif event == DISCONNECTED and self.connected:
+                self.connected, self.last_error = False, "connection lost"
+                self.failures += 1
+                self._renew_ns = now_ns + RENEW_NS
+            elif event == REFUSED and not self.connected:
+                self.failures += 1
+                self.last_error = self.last_error or f"can't connect: {os.strerror(value or errno.ECONNREFUSED)}"
+        if not self.connected and now_ns >= self._renew_ns:
+            with suppress(zmq.ZMQError):  # the first time there is nothing to end; later libzmq may have ended it
+                self._sub.disconnect(self._endpoint)
+            self._sub.connect(self._endpoint)
+            self._renew_ns = now_ns + RENEW_NS
+        return again
+
+    def deadline(self) -> int | None:
+        """When look() has something to do even if nothing is readable."""
+        return None if self.connected else self._renew_ns
+
+    def receive(self) -> Frames | None:
+        """The next message, its three frames, uncopied; one with more or fewer is `[]`; None: there is none."""
+        frames: Frames = []
+        try:
+            frame = self._sub.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        frames.append(frame)
+        count = 1
+        while frame.more:  # the rest of a message is there as soon as its beginning is
+            frame = self._sub.recv(zmq.NOBLOCK, copy=False)
+            count += 1
+            if count <= FRAMES:
+                frames.append(frame)
+        return frames if count == FRAMES else []
+
+    def subscribe(self, topic: bytes, *, wanted: bool) -> None:
+        """Begin or end to be sent a topic. This may swallow what a descriptor would tell: receive() next."""
+        self._sub.setsockopt(zmq.SUBSCRIBE if wanted else zmq.UNSUBSCRIBE, topic)
+
+    def close(self) -> None:
+        """Leave the publisher."""
+        close(self._sub, self._monitor)
 
 
 def publisher(context: Context, listener: socket.socket) -> tuple[Socket, Socket]:
@@ -84,13 +156,9 @@ def publisher(context: Context, listener: socket.socket) -> tuple[Socket, Socket
     pub.setsockopt(zmq.IPV6, int(":" in host))
     listener.setblocking(False)
     pub.setsockopt(zmq.USE_FD, listener.detach())
-    events = pub.get_monitor_socket(CONNECTED | DISCONNECTED)
+    events = pub.get_monitor_socket(ACCEPTED | DISCONNECTED)
     pub.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
     return pub, events
-
-
-MAX_SUBSCRIPTION: Final = 256
-"""Bytes of what a subscriber may say: a topic's prefix and a byte."""
 
 
 def descriptor(one: Socket) -> int:
@@ -98,21 +166,15 @@ def descriptor(one: Socket) -> int:
     return int(one.getsockopt(zmq.FD))
 
 
-def receive(one: Socket) -> Frames | None:
-    """The next message, its first three frames, uncopied; one with more or fewer is `[]`; None: there is none."""
-    frames: Frames = []
-    try:
-        frame = one.recv(zmq.NOBLOCK, copy=False)
-    except zmq.Again:
-        return None
-    frames.append(frame)
-    count = 1
-    while frame.more:  # the rest of a message is there as soon as its beginning is
-        frame = one.recv(zmq.NOBLOCK, copy=False)
-        count += 1
-        if count <= FRAMES:
-            frames.append(frame)
-    return frames if count == FRAMES else []
+def subscription(pub: Socket) -> tuple[bool, bytes] | None:
+    """What a subscriber wants by now, or nobody any longer: (True or False, prefix of topics); None: nothing new."""
+    while True:
+        try:
+            said = pub.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        if said[:1] in (b"\x00", b"\x01"):  # anything else is a message to us, which we have no use for
+            return said[:1] == b"\x01", said[1:]
 
 
 def events_of(monitor: Socket) -> list[tuple[int, int]]:
@@ -128,7 +190,7 @@ def events_of(monitor: Socket) -> list[tuple[int, int]]:
 
 
 def close(one: Socket, monitor: Socket) -> None:
-    """Close both, dropping what waits."""
+    """Close a socket and what tells of it, dropping what waits."""
     one.disable_monitor()
     monitor.close(0)
     one.close(0)

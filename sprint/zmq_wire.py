@@ -20,7 +20,7 @@ from sprint.bitcoin.block import HEADER_SIZE, MIN_TRANSACTION_SIZE, double_sha25
 from sprint.bitcoin.codec import MAX_PAYLOAD_SIZE, MalformedError, decode_compact_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection
 
 HASHBLOCK: Final = b"hashblock"
 RAWBLOCK: Final = b"rawblock"
@@ -147,7 +147,11 @@ class TopicCounters:
         self._next[topic] = (number + 1) & _COUNTER_MASK
         return number.to_bytes(4, "little")
 
+    def leave_out(self, topic: bytes, count: int) -> None:
+        """Let subscribers see that so many messages of this topic did not come."""
+        self._next[topic] = (self._next.get(topic, 0) + count) & _COUNTER_MASK
 
-def wanted_topics(prefixes: Sequence[bytes], topics: Sequence[bytes]) -> set[bytes]:
+
+def wanted_topics(prefixes: Collection[bytes], topics: Collection[bytes]) -> set[bytes]:
     """Those topics that at least one subscriber has asked for: a subscription is a prefix."""
     return {topic for topic in topics if any(topic.startswith(prefix) for prefix in prefixes)}

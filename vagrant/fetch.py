@@ -20,7 +20,6 @@ ROOM_BYTES = 3 << 30
 """Asked for before a kernel is fetched: the packages are 190 MB at most, what is unpacked of them 500."""
 LISTS_MAX_AGE_S = 86_400.0
 APT_TIMEOUT_S = 900
-Say = "Callable[[str], None]"
 
 
 class FetchError(Exception):
@@ -53,10 +52,7 @@ class Apt:
         self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
     def _run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        words = [command[0], *self._options, *command[1:]]
-        return subprocess.run(
-            words, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=APT_TIMEOUT_S, check=False
-        )
+        return _run([command[0], *self._options, *command[1:]], cwd)
 
     def update(self, now_s: float) -> None:
         """The archives' lists, at most a day old. Raises FetchError only when there are none at all."""
@@ -85,6 +81,12 @@ class Apt:
         return files
 
 
+def _run(command: Sequence[str | Path], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 - the system's apt and dpkg, with words of our own
+        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=APT_TIMEOUT_S, check=False
+    )
+
+
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1] if lines else f"exit status {done.returncode}"
@@ -92,8 +94,7 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 def _system_archives() -> dict[str, str]:
     form = ["--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages", "Origin: Debian"]
-    done = subprocess.run(["apt-get", "indextargets", *form], capture_output=True, text=True, timeout=60, check=False)
-    return kernels.archives_of(done.stdout)
+    return kernels.archives_of(_run(["apt-get", "indextargets", *form]).stdout)
 
 
 def fetch(asked: str, apt: Apt, cache: Path, say: Callable[[str], None]) -> tuple[str, Path]:
@@ -114,11 +115,11 @@ def fetch(asked: str, apt: Apt, cache: Path, say: Callable[[str], None]) -> tupl
     say(f"fetching {', '.join(kernel.packages)}")
     try:
         for package in apt.download(kernel.packages, building):
-            subprocess.run(["dpkg-deb", "-x", package, building], check=True, timeout=APT_TIMEOUT_S)
+            done = _run(["dpkg-deb", "-x", package, building])
+            if done.returncode:
+                raise FetchError(f"{package.name} can't be unpacked: {_last_line(done)}")
             package.unlink()
         building.rename(folder)
-    except subprocess.SubprocessError as error:
-        raise FetchError(f"kernel {asked} can't be unpacked: {error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return kernel.release, folder

@@ -1,24 +1,27 @@
 #!/bin/bash
-# What `./run vm` runs as root in a machine that virtme-ng booted: guest.sh ROOT SNAPSHOT KERNEL FACTS REPORT PYTEST…
+# What `./run vm` runs as root in a machine that virtme-ng booted: guest.sh ROOT SNAPSHOT KERNEL PYTEST…
 #
 # The host's files are there read-only. They come a second time, cached: without that each page of the compiler in bcc
-# is asked for again. ROOT is the checkout, over which SNAPSHOT of it is laid, so that nobody edits it meanwhile; what
-# is written there stays in memory. KERNEL is the unpacked packages. FACTS and REPORT are yes or no.
+# is asked for again. In the place of ROOT, the checkout, comes a copy of SNAPSHOT, which nobody edits meanwhile; it lies
+# in memory, and what is written there too. KERNEL is the unpacked packages. The rest goes to pytest.
 set -euo pipefail
 
 root="$1" snapshot="$2" kernel="$3"
 shift 3
 
-mkdir -p /run/host /run/checkout/{upper,work}
+mkdir -p /run/host
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose sprint /run/host
 modules="$(readlink -f "/lib/modules/$(uname -r)")"
 mount --bind /run/host/usr /usr
 # As on a machine where this kernel and its headers are installed: bcc finds them by itself.
 mount --bind "/run/host$kernel/usr/src" /usr/src
 mount -t tmpfs modules /usr/lib/modules
-ln -s "$modules" "/usr/lib/modules/$(uname -r)"
-layers="lowerdir=/run/host$snapshot:/run/host$root,upperdir=/run/checkout/upper,workdir=/run/checkout/work"
-mount -t overlay -o "$layers" checkout "$root"
+ln -s "/run/host$modules" "/usr/lib/modules/$(uname -r)"
+mount -t tmpfs -o mode=755 checkout "$root"
+cp -a "/run/host$snapshot/." "$root"
+for made in .venv tests/real/node/node_modules; do # by the set-up, on the host
+    [[ ! -d "/run/host$root/$made" ]] || { mkdir -p "$root/$made" && mount --bind "/run/host$root/$made" "$root/$made"; }
+done
 
 cd -- "$root"
 for device in /sys/class/net/*/device/driver; do

@@ -1,4 +1,4 @@
-"""What the product can do on the kernel that this runs on, tried with the product's own code; for the throw-away machine.
+"""What the product can do on the kernel that this runs on, tried with its own code; for the throw-away machine.
 
 The rungs are those that a capture climbs to, on a veth pair and on the machine's virtio NIC, proven by the self-test
 packet; the rest is what sprint doctor tries. Prints lines of a report.

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vagrant import reports
 
 if TYPE_CHECKING:
     import pytest
 
+MAX_TEXT = 6_000
+"""Characters of why a test failed, the last: a frame's local variables can be of any size."""
 _OUTPUT = 3
 
 
-def _say(text: str) -> None:
-    os.write(_OUTPUT, f"\n{text}\n".encode())  # pytest may be in the middle of a line
+def _say(**facts: Any) -> None:
+    rest = f"\n{reports.line(**facts)}\n".encode()  # pytest may be in the middle of a line
+    while rest:
+        rest = rest[os.write(_OUTPUT, rest) :]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """How many there are."""
-    _say(reports.line(collected=len(session.items)))
+    _say(collected=len(session.items))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A test has passed when its call has; it fails, or is skipped, in its beginning too, and fails in its end."""
+    facts: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
     if report.failed:
-        _say(reports.line(test=report.nodeid, outcome="failed", when=report.when, seconds=round(report.duration, 1)))
+        _say(**facts, text=report.longreprtext[-MAX_TEXT:])
     elif report.skipped:
         where = report.longrepr
         reason = str(where[2]) if isinstance(where, tuple) else "no reason"
-        _say(reports.line(test=report.nodeid, outcome="skipped", reason=reason.removeprefix("Skipped: ")))
+        _say(**facts, reason=reason.removeprefix("Skipped: "))
     elif report.when == "call":
-        _say(reports.line(test=report.nodeid, outcome="passed", seconds=round(report.duration, 1)))
+        _say(**facts)

@@ -79,6 +79,8 @@ def choose(asked: str, names: Iterable[str]) -> Kernel | None:
     """
     names = set(names)
     releases = [found.group(1) for found in map(_IMAGE.fullmatch, names) if found]
+    if not is_kernel(asked):
+        return None
     bare = asked.removesuffix(f"-{FLAVOUR}")
     fitting = [release for release in releases if release == bare or re.match(re.escape(bare) + r"[.]\d", release)]
     if not fitting:

@@ -62,6 +62,10 @@ SELF_TEST_SOURCE = bytes(10) + b"\xff\xff" + bytes((192, 0, 2, 83))
 for _name, _members in _MEMBERS.items():
     if [member.name for member in COMMON.layouts[_name].members] != _members.split():
         raise ImportError(f"common.h: struct {_name} isn't what capture unpacks: {_members}")
+_ENTRY_NEEDED = struct.Struct("=Q16s16sHHIII4xB3x")
+"""Of an entry, without `skipped` and what is behind the flags."""
+if _ENTRY_NEEDED.size != _ENTRY.size:
+    raise ImportError(f"common.h: struct express_entry has {_ENTRY.size} bytes, {_ENTRY_NEEDED.size} expected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,10 +211,10 @@ class Capture:
         self, data: memoryview, records: list[tuple[int, int]], segments: list[Segment]
     ) -> None:  # fmt: skip
         """The hot path: named tuples' own constructors would cost twice as much."""
-        unpack, size, payloads, make = _ENTRY.packing.unpack_from, _ENTRY.size, self._payloads, tuple.__new__
+        unpack, size, payloads, make = _ENTRY_NEEDED.unpack_from, _ENTRY_NEEDED.size, self._payloads, tuple.__new__
         for start, end in records:
-            arrival, source, destination, source_port, destination_port, sequence, length, captured, _, flags, _, _ = (
-                unpack(data, start)
+            arrival, source, destination, source_port, destination_port, sequence, length, captured, flags = unpack(
+                data, start
             )
             if source == SELF_TEST_SOURCE:
                 continue

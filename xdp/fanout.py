@@ -88,7 +88,9 @@ def open_fanout(timeout_s: float = TIMEOUT_S) -> Fanout:
         undo.callback(os.close, links[0])
         links.append(_open_raw_tracepoint(_TRACEPOINT, programs["count_sent"]))
         undo.callback(os.close, links[1])
-        handover = FanoutHandover(programs["fanout"], *(maps[name] for name in MAPS), contexts)
+        handover = FanoutHandover(
+            program_fd=programs["fanout"], contexts=contexts, **{f"{name}_fd": maps[name] for name in MAPS}
+        )
         return Fanout(handover, links, undo.pop_all())
 
 

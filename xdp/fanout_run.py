@@ -8,18 +8,12 @@ ladder's first rung, says why, and sends nothing more. Others (see egress) serve
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import select
-import signal
-import struct
-import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from xdp import kernel
-from xdp.datagrams import IPV4_HEADERS, IPV6_HEADERS, word_sum
+from xdp.fanout_lane import Helper, Lane, LaneResult
 from xdp.fanout_maps import (
     BATCH,
     EGRESS,
@@ -43,31 +37,12 @@ SHORT_SHARE = 0.01
 """Frames missing from which a run counts as short: one now and then is lost for want of a place in a ring."""
 SHORT_RUNS = 3
 """On end, until the sender steps down."""
-_RUN = EGRESS.layouts["run"]
-_RUN_WORDS, _RUN_LONGS = _RUN.size // 4, _RUN.size // 8
-_PAYLOAD = _RUN.offset("payload")
-_PINNED, _STEP, _DIRECT = (
-    long("run", "pinned"),
-    word("run", "step"),
-    word("run", "direct"),
-)
-_PLACE, _STRIDE, _COUNT, _FIRST = (word("run", name) for name in ("place", "stride", "count", "first"))
-_LENGTH, _SUM, _FRAME, _CURSOR = (word("run", name) for name in ("length", "payload_sum", "frame", "cursor"))
-_SKIPPED, _ATTEMPTED, _TRANSMITTED, _DROPPED = (
-    word("run", name) for name in ("skipped", "attempted", "transmitted", "dropped")
-)
-_BEGAN, _FIRST_ENDED, _ENDED = (long("run", name) for name in ("began_ns", "first_ended_ns", "ended_ns"))
 _SNAPSHOT = EGRESS.layouts["snapshot"]
 _SNAPSHOT_WORDS = _SNAPSHOT.size // 4
 _SNAPSHOT_COUNT, _SNAPSHOT_FIRST, _SNAPSHOT_IPV6 = (word("snapshot", name) for name in ("count", "first", "with_ipv6"))
-_VERSION, _GAP, _BURST = long("directory", "version"), long("directory", "gap_ps"), word("directory", "burst")
+_VERSION, _GAP = long("directory", "version"), long("directory", "gap_ps")
+_BURST, _PROOFS = word("directory", "burst"), word("directory", "proofs")
 _PROBE_PAYLOAD = b"bitcoin-sprint: can this interface send?"
-_SLEEP_NS = 100_000
-"""What a sleep may be late by."""
-_ATTRIBUTES = struct.Struct("=IIIIQQIIIIQQIII4x")
-_SIZE_IN, _SIZE_OUT, _REPEAT = 8, 12, 32
-"""Where they lie in the attributes of BPF_PROG_TEST_RUN."""
-_MAX_INTERRUPTIONS = 1000
 _ENOTSUPP = 524
 _HOPELESS = {errno.EINVAL, errno.ENODEV, errno.EBADF, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, _ENOTSUPP}
 _REFUSALS = {
@@ -75,11 +50,6 @@ _REFUSALS = {
     errno.ENODEV: "the parked link is gone",
     errno.EPERM: "CAP_SYS_ADMIN is needed",
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)  # lets go of the GIL for the time of each call
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-_syscall.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_long]
 
 
 class RunReport(NamedTuple):
@@ -102,113 +72,6 @@ class RunReport(NamedTuple):
 
 
 @final
-class _Lane:
-    """A run of one CPU: its words in shared memory, and a call that is ready to be made."""
-
-    def __init__(self, handover: FanoutHandover, area: MappedArray, number: int) -> None:
-        self.number = number
-        self._words = area.words[number * _RUN_WORDS : (number + 1) * _RUN_WORDS]
-        self._longs = area.longs[number * _RUN_LONGS : (number + 1) * _RUN_LONGS]
-        self._payload = area.bytes[number * _RUN.size + _PAYLOAD : number * _RUN.size + _PAYLOAD + PAYLOAD_LIMIT]
-        self._context_index = handover.contexts[number]
-        # What is in it is never sent: the program writes every byte.
-        self._frame = ctypes.create_string_buffer(IPV6_HEADERS + PAYLOAD_LIMIT)
-        self._context = ctypes.create_string_buffer(kernel.XDP_MD.size)
-        self._attributes = ctypes.create_string_buffer(_ATTRIBUTES.size)
-        _ATTRIBUTES.pack_into(
-            self._attributes,
-            0,
-            *(handover.program_fd, 0, 0, 0, ctypes.addressof(self._frame), 0, 0, 0),
-            *(kernel.XDP_MD.size, 0, ctypes.addressof(self._context), 0, kernel.LIVE_FRAMES, 0, BATCH),
-        )
-        self._call = (kernel.SYSTEM_CALLS[os.uname().machine], kernel.PROG_TEST_RUN)
-        self._call_at = ctypes.addressof(self._attributes)
-        self._size = 0
-        self.error = 0
-        self._words[_STEP] = 0
-        self.unpin()
-
-    def pin(self, version: int) -> None:
-        self._longs[_PINNED] = version
-
-    def unpin(self) -> None:
-        self._longs[_PINNED] = 0
-
-    def say_step(self, step: Step) -> None:
-        self._words[_STEP] = step
-
-    def prepare(
-        self,
-        payload: bytes | memoryview,
-        *,
-        place: int,
-        stride: int,
-        count: int,
-        first: int,
-        ipv6: bool,
-        direct: int = 0,
-    ) -> None:
-        words, longs = self._words, self._longs
-        length = len(payload)
-        words[_PLACE], words[_STRIDE], words[_COUNT], words[_FIRST] = place, stride, count, first
-        words[_LENGTH], words[_SUM], words[_DIRECT] = length, word_sum(payload), direct
-        words[_CURSOR] = words[_SKIPPED] = words[_ATTEMPTED] = words[_TRANSMITTED] = words[_DROPPED] = 0
-        longs[_BEGAN] = longs[_FIRST_ENDED] = longs[_ENDED] = 0
-        self._payload[:length] = payload
-        size = length + (IPV6_HEADERS if ipv6 else IPV4_HEADERS)
-        if size != self._size:
-            struct.pack_into("=I", self._attributes, _SIZE_IN, size)
-            kernel.XDP_MD.pack_into(self._context, 0, 0, size, 0, self._context_index, 0, 0)
-            self._size = words[_FRAME] = size
-        self.error = 0
-
-    def run(self, burst: int, gap_ps: int) -> None:
-        """Calls until the cursor is at the end; `error` says what else ended it."""
-        words, attributes, count = self._words, self._attributes, self._words[_COUNT]
-        due, at = time.monotonic_ns(), 0
-        interruptions = 0
-        while at < count:
-            repeat = min(burst, count - at) if burst else count - at
-            struct.pack_into("=I", attributes, _REPEAT, repeat)
-            # The kernel leaves the frame's size here, and takes it for the room that we have next time.
-            struct.pack_into("=I", attributes, _SIZE_OUT, 0)
-            if _syscall(*self._call, self._call_at, _ATTRIBUTES.size) < 0:
-                self.error = ctypes.get_errno()
-                interruptions += 1
-                # A signal, partway: Python's handler runs before the next call, which goes on at the cursor.
-                if self.error != errno.EINTR or interruptions > _MAX_INTERRUPTIONS:
-                    break
-                self.error = 0
-            before, at = at, words[_CURSOR]
-            if before == at and not interruptions:
-                self.error = errno.ESTALE
-                break
-            if gap_ps and at < count:
-                due += (at - before) * gap_ps // 1000
-                _wait_until(due)
-
-    def result(self) -> tuple[int, ...]:
-        """attempted, transmitted, skipped, began, first rank ended, ended."""
-        words, longs = self._words, self._longs
-        return (
-            *(words[_ATTEMPTED], words[_TRANSMITTED], words[_SKIPPED]),
-            *(longs[_BEGAN], longs[_FIRST_ENDED], longs[_ENDED]),
-        )
-
-    def close(self) -> None:
-        self.unpin()
-        for view in (self._words, self._longs, self._payload):
-            view.release()
-
-
-def _wait_until(due_ns: int) -> None:
-    """Sleep for the most of it, as long as a sleep is worth its wake-up, then spin."""
-    while (left := due_ns - time.monotonic_ns()) > 0:
-        if left > _SLEEP_NS:
-            time.sleep((left - _SLEEP_NS) / 1e9)
-
-
-@final
 class FanoutRun:
     """One sender, in one thread of one process; a context manager."""
 
@@ -225,7 +88,7 @@ class FanoutRun:
         """Why the step is none above; None on the first."""
         self.sent = self.lost = 0
         """Frames, of all runs."""
-        self._short = 0
+        self._short = self._proofs = 0
         with contextlib.ExitStack() as undo:
 
             def mapped(fd: int, entry_bytes: int, entries: int) -> MappedArray:
@@ -235,13 +98,13 @@ class FanoutRun:
 
             self._directory = mapped(handover.directory_fd, EGRESS.layouts["directory"].size, 1)
             self._snapshots = mapped(handover.snapshots_fd, _SNAPSHOT.size, SNAPSHOTS)
-            runs = mapped(handover.runs_fd, _RUN.size, RUNS)
+            runs = mapped(handover.runs_fd, EGRESS.layouts["run"].size, RUNS)
             self._lanes = []
             for number in range(RUN_CPUS):
-                lane = _Lane(handover, runs, sender * RUN_CPUS + number)
+                lane = Lane(handover, runs, sender * RUN_CPUS + number)
                 undo.callback(lane.close)
                 self._lanes.append(lane)
-            self._helper = _Helper(self._lanes[1], cpus[0]) if cpus else None
+            self._helper = Helper(self._lanes[1], cpus[0]) if cpus else None
             if self._helper is not None:
                 undo.callback(self._helper.close)
             self._undo = undo.pop_all()
@@ -249,12 +112,16 @@ class FanoutRun:
     def send(self, payload: bytes | memoryview) -> RunReport:
         """To every subscriber of the table as it stands now, the first rank first; nothing once stepped down.
 
+        Up again by restore(), or by itself after FanoutTable.vouch().
+
         `payload` is of 1 to PAYLOAD_LIMIT bytes. Raises ValueError for another size, and nothing for what the machine
         refuses: that is in the report.
         """
         if not 0 < len(payload) <= PAYLOAD_LIMIT:
             raise ValueError(f"a payload of {len(payload)} bytes: 1 to {PAYLOAD_LIMIT} are expected")
         started = time.monotonic_ns()
+        if self.step is not Step.LIVE_FRAMES and self._directory.words[_PROOFS] != self._proofs:
+            self.restore()
         if self.step is not Step.LIVE_FRAMES:
             return RunReport(0, 0, 0, started, 0, 0, started, 0)
         lane = self._lanes[0]
@@ -293,12 +160,12 @@ class FanoutRun:
         lane = self._lanes[0]
         lane.prepare(_PROBE_PAYLOAD, place=0, stride=1, count=1, first=0, ipv6=False, direct=entry + 1)
         lane.run(0, 0)
-        attempted, transmitted, *_ = lane.result()
+        result = lane.result()
         if lane.error:
             return refusal(lane.error)
-        if transmitted:
+        if result.transmitted:
             return None
-        if attempted:
+        if result.attempted:
             return (
                 "the driver took no live frame: it has no ndo_xdp_xmit, or its peer neither XDP nor GRO, or it is down"
             )
@@ -309,7 +176,7 @@ class FanoutRun:
         self._short = 0
         self._set_step(Step.LIVE_FRAMES, None)
 
-    def _pin(self, lane: _Lane) -> int:
+    def _pin(self, lane: Lane) -> int:
         current = self._directory.longs
         while True:
             version = current[_VERSION]
@@ -317,16 +184,18 @@ class FanoutRun:
             if current[_VERSION] == version:
                 return version
 
-    def _report(self, started: int, count: int, results: list[tuple[int, ...]]) -> RunReport:
-        attempted, transmitted, skipped = (sum(result[at] for result in results) for at in range(3))
-        began = min((result[3] for result in results if result[3]), default=0)
-        error = next((lane.error for lane in self._lanes if lane.error), 0)
-        lost = max(count - skipped - transmitted, 0)
+    def _report(self, started: int, count: int, results: list[LaneResult]) -> RunReport:
+        attempted = sum(result.attempted for result in results)
+        transmitted = sum(result.transmitted for result in results)
+        due = count - sum(result.skipped for result in results)
+        error = next((lane.error for lane in self._lanes[: len(results)] if lane.error), 0)
+        lost = max(due - transmitted, 0)
         self.sent += transmitted
         self.lost += lost
-        ended = max(*(result[5] for result in results), started) if transmitted else time.monotonic_ns()
-        self._judge(count - skipped, lost, error)
-        first_ended = max(result[4] for result in results)
+        self._judge(due, lost, error)
+        began = min((result.began_ns for result in results if result.began_ns), default=0)
+        first_ended = max(result.first_rank_ended_ns for result in results)
+        ended = max(result.ended_ns for result in results) or time.monotonic_ns()
         return RunReport(attempted, transmitted, lost, started, began, first_ended, ended, error)
 
     def _judge(self, due: int, lost: int, error: int) -> None:
@@ -339,6 +208,7 @@ class FanoutRun:
             self._set_step(Step.AF_XDP, why if error in _HOPELESS else f"{self._short} times on end: {why}")
 
     def _set_step(self, step: Step, reason: str | None) -> None:
+        self._proofs = self._directory.words[_PROOFS]
         self.step, self.reason = step, reason
         for lane in self._lanes:
             lane.say_step(step)
@@ -360,63 +230,3 @@ def refusal(error: int) -> str:
     """An errno of a run in words."""
     name = _REFUSALS.get(error) or ("live frames are not supported" if error == _ENOTSUPP else os.strerror(error))
     return f"{name} (errno {error})"
-
-
-@final
-class _Helper:
-    """The second CPU's thread: waits in the kernel, runs its lane, tells. It takes no signal.
-
-    The order to go is a token that one of two takes: where this thread isn't given its CPU, the caller takes it back,
-    and runs the lane itself.
-    """
-
-    def __init__(self, lane: _Lane, cpu: int) -> None:
-        self._lane, self._cpu = lane, cpu
-        self._order: tuple[int, int] | None = None
-        self._go = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._done = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._serve, name=f"fan-out on CPU {cpu}", daemon=True)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):  # a CPU that isn't ours: then wherever there is room
-            os.sched_setaffinity(0, {self._cpu})
-        going = select.poll()
-        going.register(self._go, select.POLLIN)
-        while True:
-            going.poll()
-            if not self._take():
-                continue
-            if self._order is None:
-                return
-            self._lane.run(*self._order)
-            os.eventfd_write(self._done, 1)
-
-    def _take(self) -> bool:
-        try:
-            os.eventfd_read(self._go)
-        except BlockingIOError:
-            return False
-        return True
-
-    def start(self, burst: int, gap_ps: int) -> None:
-        self._order = (burst, gap_ps)
-        os.eventfd_write(self._go, 1)
-
-    def finish(self) -> None:
-        """Until the lane has been run, by whomever."""
-        if self._order is not None and self._take():
-            self._lane.run(*self._order)
-        else:
-            os.eventfd_read(self._done)
-
-    def close(self) -> None:
-        self._order = None
-        os.eventfd_write(self._go, 1)
-        self._thread.join()
-        os.close(self._go)
-        os.close(self._done)

@@ -20,12 +20,14 @@ from xdp.fanout_maps import (
     EGRESS,
     ENTRIES,
     INTERFACES,
+    RUN_CPUS,
     RUNS,
     SNAPSHOTS,
     SUBSCRIBERS,
     FanoutHandover,
     MappedArray,
     Rank,
+    Sender,
     Step,
     long,
     word,
@@ -40,7 +42,7 @@ _SNAPSHOT_WORDS = EGRESS.layouts["snapshot"].size // 4
 _RUN_WORDS, _RUN_LONGS = EGRESS.layouts["run"].size // 4, EGRESS.layouts["run"].size // 8
 _ENTRY = struct.Struct("=BxHII64s")
 """From `size` on."""
-if [m.name for m in _SUBSCRIBER.members][:7] != "active size zero device ip_sum udp_sum headers[0]".split():
+if " ".join(m.name for m in _SUBSCRIBER.members[:7]) != "active size zero device ip_sum udp_sum headers[0]":
     raise ImportError("egress.h: struct subscriber isn't what fanout_table writes")
 _ENTRY_WORDS, _ENTRY_LONGS, _ACTIVE = _SUBSCRIBER.size // 4, _SUBSCRIBER.size // 8, word("subscriber", "active")
 _FIRST_HEADERS = long("subscriber", "headers[0]")
@@ -197,7 +199,7 @@ class FanoutTable:
     # ── interfaces ──
 
     def forget_interface(self, ifindex: int) -> None:
-        """One that is gone; its place in the DEVMAP is free again. Raises ValueError while subscribers are behind it."""
+        """One that is gone; its place in the DEVMAP is free again. Raises ValueError while it has subscribers."""
         if ifindex not in self._devices:
             return
         if self._behind.get(ifindex):
@@ -224,9 +226,14 @@ class FanoutTable:
         gap = round(pacing.gap_ns * 1000) if pacing else 0
         self._directory.longs[long("directory", "gap_ps")] = gap
 
-    def step(self, run: int) -> Step:
-        """Where a run (see fanout_run) stands on the ladder, as it has said itself."""
-        return Step(self._runs.words[run * _RUN_WORDS + _STEP])
+    def step(self, sender: Sender) -> Step:
+        """Where a sender stands on the ladder, as it has said itself."""
+        return Step(self._runs.words[sender * RUN_CPUS * _RUN_WORDS + _STEP])
+
+    def vouch(self) -> None:
+        """All interfaces have been proven: senders that stepped down try again with their next publication."""
+        proofs = word("directory", "proofs")
+        self._directory.words[proofs] = (self._directory.words[proofs] + 1) & 0xFFFFFFFF
 
     # ── memory ──
 

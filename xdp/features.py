@@ -2,8 +2,8 @@
 
 Nothing of the host is changed. What needs an interface is tried on a veth pair in a network namespace of its own, which
 belongs to a thread that ends with the trial: nothing is left of it, even when we are killed. What needs a program gets
-one of two instructions, without bcc. The one exception is the tracepoint, which is the whole kernel's: a program that
-does nothing hangs there for a moment.
+one of two instructions, without bcc. The exceptions are the kernel's own module for veth, which may be loaded by that,
+and the tracepoint, which is the whole kernel's: a program that does nothing hangs there for a moment.
 
 A trial that we lack the rights for says nothing about the kernel: then it is None, with the kernel's version as a hint.
 """
@@ -54,6 +54,7 @@ class Feature(Enum):
     """What the kernel bypass is made of."""
 
     XDP = "XDP programs"
+    VETH = "veth pairs"
     XDP_LINK = "native XDP by a link"
     RING_BUFFER = "BPF ring buffer"
     AF_XDP = "AF_XDP sockets"
@@ -68,13 +69,14 @@ class Feature(Enum):
 
 SINCE: dict[Feature, tuple[int, int]] = {
     Feature.XDP: (4, 8),
+    Feature.VETH: (4, 19),  # with native XDP
     Feature.XDP_LINK: (5, 9),
     Feature.RING_BUFFER: (5, 8),
     Feature.AF_XDP: (4, 18),
     Feature.LIVE_FRAMES: (5, 18),
     Feature.TCX: (6, 6),
     Feature.DEVMAP: (4, 14),
-    Feature.NDO_XMIT: (4, 20),
+    Feature.NDO_XMIT: (6, 3),  # that tells of it
     Feature.DEVMAP_XMIT: (4, 17),
     Feature.DRIVER_FEATURES: (6, 3),
     Feature.BTF: (5, 4),
@@ -152,7 +154,9 @@ def _tried(feature: Feature, trial: Callable[[], str]) -> Probe:
 
 def _judged(feature: Feature, error: Exception) -> Probe:
     said = getattr(error, "strerror", None) or str(error)
-    if not isinstance(error, UntriedError) and getattr(error, "errno", None) not in _UNTRIED:
+    if isinstance(error, UntriedError):
+        return Probe(feature, None, f"not tried ({said})")
+    if getattr(error, "errno", None) not in _UNTRIED:
         return Probe(feature, False, said)
     release = os.uname().release
     number, since = release_number(release), SINCE[feature]
@@ -282,13 +286,21 @@ def in_own_namespace(work: Callable[[], T], timeout_s: float = TRIAL_S) -> T:
 
 
 def _try_on_a_link(features: Iterable[Feature]) -> dict[Feature, Probe]:
-    with rtnetlink("a veth pair") as route:
-        route.link("add", ifname="near", kind="veth", peer={"ifname": "far"})
-        index, far_index = socket.if_nametoindex("near"), socket.if_nametoindex("far")
-        for end in (index, far_index):
-            route.link("set", index=end, state="up")
+    """What can't be tried without a veth pair isn't judged where there is none."""
+    try:
+        with rtnetlink("a veth pair") as route:
+            route.link("add", ifname="near", kind="veth", peer={"ifname": "far"})
+            index, far_index = socket.if_nametoindex("near"), socket.if_nametoindex("far")
+            for end in (index, far_index):
+                route.link("set", index=end, state="up")
+    except OSError as error:
+        untried = UntriedError(error.strerror or str(error))
+        return {each: _judged(each, error if each is Feature.VETH else untried) for each in features}
+    return {each: _tried(each, partial(_ON_A_LINK[each], index, far_index)) for each in features}
 
-    return {feature: _tried(feature, partial(_ON_A_LINK[feature], index, far_index)) for feature in features}
+
+def _try_veth(_index: int, _peer: int) -> str:
+    return "one was made"
 
 
 def _try_link(index: int, _peer: int) -> str:
@@ -331,6 +343,7 @@ def _try_ndo_xmit(index: int, peer: int) -> str:
 
 
 _ON_A_LINK: dict[Feature, Callable[[int, int], str]] = {
+    Feature.VETH: _try_veth,
     Feature.XDP_LINK: _try_link,
     Feature.TCX: _try_tcx,
     Feature.AF_XDP: _try_af_xdp,

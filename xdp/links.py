@@ -1,8 +1,9 @@
 """What Sprint adds to the host's network for the bypass, and how it goes away again even when its owner was killed.
 
-Two things outlive a killed process: private veth pairs (the mirror, and the fan-out's parking place), and, on kernels
-without TCX, the clsact filter that clones into the mirror. Both bear who made them (a prefix, and an owner's mark: pid, the time it started, its
-pid namespace), so that the next start and `sprint doctor --clean` find what is orphaned, by leftovers() and clean().
+Two things outlive a killed process: private veth pairs (the mirror, and the fan-out's parking places), and, on kernels
+without TCX, the clsact filter that clones into the mirror. Both bear who made them (a prefix, and an owner's mark: pid,
+the time it started, its pid namespace), so that the next start and `sprint doctor --clean` find what is orphaned, by
+leftovers() and clean().
 
 Rule: nothing is changed or removed that doesn't bear our mark, nor while its owner lives or can't be judged. All in the
 network namespace of the calling thread; nothing is kept open (see interfaces about pyroute2).
@@ -95,7 +96,7 @@ def _started(pid: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class MirrorLink:
-    """A private veth pair: tc clones into `near`; native XDP on `far` redirects what comes out of it. Or a parked one."""
+    """A private veth pair. The mirror's: tc clones into `near`; native XDP on `far` redirects what comes out of it."""
 
     near: str
     near_index: int

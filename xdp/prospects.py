@@ -40,7 +40,13 @@ DRIVER_MTU = {
     **dict.fromkeys(("i40e", "ice", "igb", "ixgbe", "ixgbevf"), 3_046),  # a buffer of 3,072
 }
 """The largest MTU that a driver takes a program with, where that isn't USUAL_MTU. Pages of 4 KiB."""
-_GUEST_OFFLOADS_CONTROL = 2  # VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, a bit of the device's features
+_GUEST_CSUM, _CTRL_GUEST_OFFLOADS = 1 << 1, 1 << 2
+_MERGING = 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 54 | 1 << 55
+"""VIRTIO_NET_F_… (linux/virtio_net.h): the merged packets are GUEST_TSO4, TSO6, ECN, UFO, USO4, USO6."""
+_AT_THE_HOST = (
+    "on the host: guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,guest_csum=off, or ctrl_guest_offloads=on "
+    "(as QEMU's virtio-net-pci names them)"
+)
 
 
 class Obstacle(NamedTuple):
@@ -77,8 +83,8 @@ class Surroundings:
     features: XdpFeature | None = None
     peer: Interface | None = None
     """veth's other end."""
-    offloads_controlled: bool | None = None
-    """virtio_net: whether the guest may switch off what the host merges."""
+    virtio: int | None = None
+    """virtio_net: the feature bits that host and guest agreed on."""
 
 
 def prospects() -> list[Prospect]:
@@ -93,17 +99,17 @@ def _surroundings(facts: Interface, by_index: dict[int, Interface]) -> Surroundi
     with contextlib.suppress(OSError):  # gone meanwhile, or no answer: then by driver
         features = xdp_features(facts.index)
     peer = by_index.get(facts.peer_index) if facts.peer_index is not None else None
-    controlled = _offloads_controlled(facts.name) if facts.driver == "virtio_net" else None
-    return Surroundings(features, peer, controlled)
+    virtio = virtio_features(facts.name) if facts.driver == "virtio_net" else None
+    return Surroundings(features, peer, virtio)
 
 
-def _offloads_controlled(name: str, sys_class_net: Path = Path("/sys/class/net")) -> bool | None:
-    """Of the device's feature bits, written as one character each from bit 0 on."""
+def virtio_features(name: str, sys_class_net: Path = Path("/sys/class/net")) -> int | None:
+    """The bits of a virtio device, which the kernel writes as a character each from bit 0 on; None if unreadable."""
     try:
-        bits = (sys_class_net / name / "device/features").read_text().strip()
-    except OSError:
+        written = (sys_class_net / name / "device/features").read_text().strip()
+        return int(written[::-1], 2)
+    except (OSError, ValueError):
         return None
-    return bits[_GUEST_OFFLOADS_CONTROL] == "1" if len(bits) > _GUEST_OFFLOADS_CONTROL else None
 
 
 def judge(facts: Interface, around: Surroundings) -> Prospect:
@@ -141,13 +147,18 @@ def _offers_native(facts: Interface, features: XdpFeature | None) -> tuple[bool,
     return driver in NATIVE_DRIVERS, f"what is known of driver {driver}: kernels before 6.3 don't tell"
 
 
-def _no_native(facts: Interface, around: Surroundings) -> Iterable[Obstacle]:
+def _too_few_queues(facts: Interface, around: Surroundings) -> Iterable[Obstacle]:
+    """veth wants a receive queue for each that its other end sends by."""
     peer = around.peer
     if facts.driver == "veth" and peer is not None and (facts.rx_queues or 1) < (peer.tx_queues or 1):
-        yield Obstacle(
-            f"{facts.rx_queues} receive queues, fewer than the {peer.tx_queues} that {peer.name} sends by",
-            f"ethtool -L {peer.name} tx {facts.rx_queues}",
-        )
+        what = f"{facts.rx_queues} receive queues, fewer than the {peer.tx_queues} that {peer.name} sends by"
+        yield Obstacle(what, f"ethtool -L {peer.name} tx {facts.rx_queues}")
+
+
+def _no_native(facts: Interface, around: Surroundings) -> Iterable[Obstacle]:
+    too_few = list(_too_few_queues(facts, around))
+    if too_few:
+        yield from too_few
         return
     if facts.kind in {"vlan", "macvlan", "ipvlan", "bridge", "team"}:
         yield Obstacle(f"a {facts.kind} has no native XDP", "name the interface below it in INTERFACE")
@@ -172,12 +183,10 @@ def _refusals(facts: Interface, around: Surroundings, limit: int) -> Iterable[Ob
             f"{facts.rx_queues} of {facts.most_queues} queues in use: ena needs as many again for XDP",
             f"ethtool -L {facts.name} combined {max(1, facts.most_queues // 2)}",
         )
-    if facts.driver == "virtio_net" and facts.gro_hw and around.offloads_controlled is False:
-        yield Obstacle(
-            "the host merges packets (GRO_HW), and this guest can't switch it off",
-            "on the host: guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,guest_csum=off, "
-            "or ctrl_guest_offloads=on (QEMU's virtio-net-pci)",
-        )
+    virtio = around.virtio or _CTRL_GUEST_OFFLOADS
+    if facts.driver == "virtio_net" and not virtio & _CTRL_GUEST_OFFLOADS and virtio & _MERGING:
+        yield Obstacle("the host merges packets (GRO_HW), and this guest can't switch it off", _AT_THE_HOST)
+    yield from _too_few_queues(facts, around)
 
 
 def _doubts(facts: Interface, around: Surroundings) -> Iterable[Obstacle]:
@@ -186,6 +195,12 @@ def _doubts(facts: Interface, around: Surroundings) -> Iterable[Obstacle]:
     if facts.gro_hw and facts.driver != "virtio_net":
         yield Obstacle(
             "GRO_HW is on: some drivers refuse native XDP beside it", f"ethtool -K {facts.name} rx-gro-hw off"
+        )
+    virtio = around.virtio or 0
+    if facts.driver == "virtio_net" and virtio & _GUEST_CSUM and not virtio & _CTRL_GUEST_OFFLOADS:
+        yield Obstacle(
+            "the host leaves checksums unfinished, and this guest can't switch it off: most kernels refuse then",
+            _AT_THE_HOST,
         )
     if facts.driver == "veth" and around.peer is None:
         yield Obstacle(

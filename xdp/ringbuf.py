@@ -48,6 +48,7 @@ class RingBuffer:
                 f"a ring buffer of {size} bytes in {len(shared)}: a power of two, twice, and a page expected"
             )
         self.size = size
+        self._mask = size - 1
         self.records = self.discarded = 0
         """Handed out, and passed over because the program discarded them."""
         self.busy = 0
@@ -103,24 +104,25 @@ class RingBuffer:
         there, at = self._producer[0], self._next
         if there == at:
             return []
-        words, mask = self._words, self.size - 1
+        words, mask = self._words, self._mask
         found: list[tuple[int, int]] = []
-        for _ in range(limit):
+        while limit > 0:
             start = at & mask
-            header = words[start >> 2]
-            if header & BUSY:
-                self.busy += 1
-                break
-            length = header & _LENGTH_MASK
-            at += (length + HEADER_BYTES + 7) & -8
-            if at > there:
-                raise RingCorruptError(f"a record of {length} bytes ends at {at}, the producer stands at {there}")
-            if header & DISCARD:
+            length = words[start >> 2]
+            if length >= DISCARD:
+                if length & BUSY:
+                    self.busy += 1
+                    break
+                length &= _LENGTH_MASK
                 self.discarded += 1
             else:
                 found.append((start + HEADER_BYTES, start + HEADER_BYTES + length))
-            if at == there:
+            at += (length + HEADER_BYTES + 7) & -8
+            if at >= there:
                 break
+            limit -= 1
+        if at > there:
+            raise RingCorruptError(f"a record of {length} bytes ends at {at}, the producer stands at {there}")
         self._next = at
         if found:
             self._lent = True

@@ -27,6 +27,7 @@ from xdp import kernel
 from xdp.capture import SELF_TEST_SOURCE, open_mirror, raw_counters
 from xdp.loader import COMMON
 from xdp.ringbuf import RingBuffer
+from xdp.rings import RingCorruptError
 from xdp.segments import Backend
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def prove(outlet: Outlet, index: int, mode: str, patience_s: float) -> None:
         _send(loaded.programs["classify"], packet, context)
         give_up = time.monotonic() + patience_s
         while True:
-            missing[Backend.RINGBUF] -= sum(token in bytes(record) for record in ring.poll(MAX_RECORDS))
+            try:
+                missing[Backend.RINGBUF] -= sum(token in bytes(record) for record in ring.poll(MAX_RECORDS))
+            except RingCorruptError:  # its reader released what we were looking at, and it was written over
+                raise OSError(errno.EAGAIN, "the ring buffer was overrun during the self-test") from None
             if Backend.RINGBUF not in outlet.backends:
                 ring.release()  # nobody else reads it, and full it would swallow the next packet
             if witness is not None:

@@ -27,7 +27,7 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-class _Mmsghdr(ctypes.Structure):
+class _Msghdr(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_void_p),
         ("name_length", ctypes.c_uint32),
@@ -36,8 +36,11 @@ class _Mmsghdr(ctypes.Structure):
         ("control", ctypes.c_void_p),
         ("control_length", ctypes.c_size_t),
         ("flags", ctypes.c_int),
-        ("sent", ctypes.c_uint32),
     )
+
+
+class _Mmsghdr(ctypes.Structure):
+    _fields_ = (("header", _Msghdr), ("sent", ctypes.c_uint))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -77,7 +80,7 @@ class Multisend:
         size = _IPV4.size if family == socket.AF_INET else _IPV6.size
         start = ctypes.addressof(self._room)
         for number in range(self._count):
-            header = self._headers[number]
+            header = self._headers[number].header
             header.name, header.name_length = start + number * _ADDRESS_ROOM, size
             header.iov, header.iov_length = ctypes.addressof(self._iovec), 1
 

@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 
 HEARTBEAT_LIMIT_NS = 3 * NS_PER_S
 """The relay turns at least once a second; three missed turns mean that it hangs or is gone."""
+_NO_UPSTREAMS = {Source.CAPTURE, Source.ZMQ}
+"""They can't be asked for headers."""
 SOURCES = {int(source): source.name.lower() for source in Source}
 ANNOUNCEMENTS = {int(announcement): announcement.name.lower() for announcement in Announcement}
 
 
 def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, Any]:
-    """How this instance fares: `status` is "ok", or "unhealthy" with one line for each of its `problems`."""
+    """How this instance fares: `status` is "ok", or "unhealthy" with one line for each of its `problems`.
+
+    `warnings` are what is wrong without keeping any block from being relayed.
+    """
     facts, relay, peers = status.facts, status.relay, status.peers()
-    connected = sum(1 for peer in peers if peer.connected and peer.source != Source.CAPTURE)
+    connected = sum(1 for peer in peers if peer.connected and peer.source not in _NO_UPSTREAMS)
     heartbeat_ns = int(relay.heartbeat_ns)
     age_ns = max(0, monotonic_ns - heartbeat_ns)
     problems = []
@@ -53,6 +58,7 @@ def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, An
     return {
         "status": "unhealthy" if problems else "ok",
         "problems": problems,
+        "warnings": [line for peer in peers if (line := _publisher_warning(peer))],
         "version": facts["version"],
         "engine": facts["engine"],
         "tier": facts["tier"],
@@ -77,6 +83,18 @@ def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, An
         ],
         "rejected": {reason.value: int(relay.rejected[index]) for reason, index in REJECT_INDEX.items()},
     }
+
+
+def _publisher_warning(peer: Peer) -> str | None:
+    """What is wrong with a ZMQ publisher: blocks still come by the other sources, so it is no problem of ours."""
+    if peer.source != Source.ZMQ:
+        return None
+    if not peer.connected:
+        return f"zmq {_text(peer.name)}: not connected: {_text(peer.last_error) or 'no answer yet'}"
+    if peer.silent_ns:
+        age_s = peer.silent_ns // NS_PER_S
+        return f"zmq {_text(peer.name)}: silent: the best block has been known from others for {age_s} s"
+    return None
 
 
 def _subscribers(status: StatusBlock) -> dict[str, int]:
@@ -105,6 +123,8 @@ def _source(peer: Peer) -> dict[str, Any]:
         "connects": int(peer.connects),
         "failures": int(peer.failures),
         "skipped_messages": int(peer.skipped_messages),
+        "lost_messages": int(peer.lost_messages),
+        "silent_seconds": peer.silent_ns / NS_PER_S if peer.silent_ns else None,
         "bytes_received": int(peer.bytes_received),
         "last_error": _text(peer.last_error) or None,
     }

@@ -1,4 +1,4 @@
-"""What `bench detect` announces: blocks of a regtest chain, as compact blocks of a size seen on main, and in one packet.
+"""What `bench detect` announces: blocks of a regtest chain, as compact blocks of main's size, and in one packet.
 
 Pure: bytes in, bytes out.
 """
@@ -38,7 +38,7 @@ class Workload:
 
 
 REALISTIC = Workload("realistic", TRANSACTIONS)
-ONE_PACKET = Workload("one_packet", 0, share=0.25)
+ONE_PACKET = Workload("one_packet", 0, share=0.15)
 BEHIND_LOSS = Workload("behind_loss", 0, share=0.05, lossy=True)
 WORKLOADS = (REALISTIC, ONE_PACKET, BEHIND_LOSS)
 

@@ -67,7 +67,7 @@ def figures_of(noted: dict[str, Noted], workload: Workload) -> dict[str, Any]:
     silent = [name for name, one in noted.items() if not one.latencies["hash"]]
     if silent:
         raise RuntimeError(f"{workload.name}: nothing was heard by {', '.join(silent)}")
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         name: {
             **{stage: percentiles_us(latencies) for stage, latencies in one.latencies.items()},
             "count": len(one.latencies["hash"]),

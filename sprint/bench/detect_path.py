@@ -1,4 +1,4 @@
-"""A path with a delay and with losses at will, for `bench detect`: TCP's packets leave by a tunnel device and go on late.
+"""A path with a delay and with losses at will, for `bench detect`: TCP's packets leave by a tunnel and go on late.
 
 The peer has a second address in its namespace, whose packets a rule of routing sends into the tunnel. A thread takes
 them out there, waits, and puts them on the wire as they are; what is told to be lost, isn't. The way back is direct, so

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from sprint.regtest import MinedBlock
 
-PAUSE_S = (0.004, 0.010)
-"""Between two announcements, at random, so that no rhythm of the reader fits them. On main minutes pass: the longer the
-pause, the nearer to that, for a reader that sleeps wakes up slower; what bounds it is how long the benchmark may take."""
+PAUSE_S = (0.006, 0.014)
+"""Between two announcements, at random, so that no rhythm of the reader fits them. On main minutes pass, and the longer
+a reader sleeps, the longer it takes to wake up: this is as near to that as the benchmark's time allows."""
 LOSSY_PAUSE_S = 3 * ROUND_TRIP_NS / NS_PER_S
 """Within which a lost packet has been sent again."""
 
@@ -54,6 +54,8 @@ def be_peer(control: Pipe, blocks: Sequence[MinedBlock]) -> None:
             else:
                 time.sleep(random.uniform(*PAUSE_S))
                 direct.sendall(message)
+        if by_lossy:
+            time.sleep(LOSSY_PAUSE_S)  # the last ones' fate is decided by then
         control.send(path.lost)
 
 

@@ -74,7 +74,7 @@ def plot_ring(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_detect(result: Mapping[str, Any], path: Path) -> None:
-    """Percentiles of the time to the hash, a line for each way, both axes logarithmic; beside it the median's stages."""
+    """Percentiles of the time to the hash, a line for each way, both axes logarithmic; beside it the stages."""
     results = result["results"]
     realistic = results["realistic"]
     ways = sorted(realistic["ways"].items(), key=lambda item: -item[1]["hash"]["p50_us"])
@@ -102,7 +102,7 @@ def plot_detect(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("its first packet at the interface → hash known, µs")
     bars.set_yticks([])
     bars.set_ylim(-0.5, len(ways) - 0.2)
-    bars.set_xlabel("medians, µs: seen, hash known, record in the ring")
+    bars.set_xlabel("medians: seen, hash, record; µs")
     bars.spines[["top", "right", "left"]].set_visible(False)
     _finish(
         figure,

@@ -82,7 +82,15 @@ def detect(progress: Advance, options: Options) -> Result:
     return measure_detect(progress, ANNOUNCEMENTS if options.announcements is None else options.announcements)
 
 
+def bulk(progress: Advance, _options: Options) -> Result:
+    """Bulk TCP through an interface that is captured, beside one with an empty XDP program; native and generic."""
+    from sprint.bench.bulk import measure_bulk  # noqa: PLC0415
+
+    return measure_bulk(progress)
+
+
 BENCHMARKS: dict[str, Benchmark] = {
+    "bulk": Benchmark(bulk),
     "detect": Benchmark(detect, plot_detect, takes_announcements=True),
     "ring": Benchmark(ring, plot_ring),
     "stream": Benchmark(stream, plot_stream, takes_subscribers=True),

@@ -221,7 +221,7 @@ class _Sender:
         self._bare_sequence += 1
         frame = record_frame(_record(self._bare_sequence), Format.BINARY)
         # No public way leads to the sockets, and sockets of our own would not be the very same.
-        sockets = [subscriber.sock for subscriber in self._delivery._rosters[TIER]]  # noqa: SLF001
+        sockets = [subscriber.sock for subscriber in self._delivery._rosters]  # noqa: SLF001
 
         def send_to_all() -> None:
             for sock in sockets:

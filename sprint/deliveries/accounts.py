@@ -78,6 +78,12 @@ class TierLedger:
         """Count one record handed to the kernel; `seen_ns` as in sent()."""
         self.sent([started_ns, ended_ns], [], seen_ns)
 
+    def sent_together(self, count: int, started_ns: int, ended_ns: int, seen_ns: int) -> None:
+        """Count `count` records sent by one system call, as if each had taken its share of the time."""
+        if count:
+            took_ns = ended_ns - started_ns
+            self.sent([started_ns + took_ns * number // count for number in range(count + 1)], [], seen_ns)
+
     def dropped(self, count: int) -> None:
         """Count records that a subscriber lost because its socket was unwritable at their deadline, or is gone."""
         self.accounts.dropped += count

@@ -16,6 +16,8 @@ from sprint.frames import Format, lost_frame, record_frame
 if TYPE_CHECKING:
     from sprint.ring import Ring
 
+MAX_EXTRA: Final = 1024
+"""Bytes that are no request which a subscriber may send after its hello (a human at nc) before it is closed."""
 MAX_REQUEST: Final = 128
 """Bytes of a request's line: two numbers of twenty digits, and room for spaces."""
 MAX_RESEND: Final = 128
@@ -30,7 +32,8 @@ class Resend(NamedTuple):
     """These records again."""
 
     first: int
-    count: int
+    number: int
+    """How many."""
 
 
 class Requests:
@@ -77,20 +80,18 @@ def read_request(line: bytes) -> Resend | None:
     return Resend(first, count) if 1 <= first <= _MAX_SEQUENCE and 1 <= count <= MAX_RESEND else None
 
 
-def answer(request: Resend, ring: Ring, newest: int, form: Format) -> tuple[bytes, int, int]:
-    """Frames of what the ring still holds of it, a loss for what it doesn't, and how many of each.
+def answer(request: Resend, ring: Ring, newest: int, form: Format) -> tuple[bytes, int]:
+    """Frames of what the ring still holds of it, and of a loss for what it doesn't; and how many records that is.
 
     Nothing is said of records after `newest`, which aren't published yet.
     """
     frames: list[bytes] = []
-    records = lost = 0
-    gone_from = 0
-    end = min(request.first + request.count, newest + 1)
+    records = gone_from = 0
+    end = min(request.first + request.number, newest + 1)
     for sequence in range(request.first, end):
         record = ring.copy(sequence)
         if record is None:
             gone_from = gone_from or sequence
-            lost += 1
             continue
         if gone_from:
             frames.append(lost_frame(Lapped(gone_from, sequence - gone_from), form))
@@ -99,4 +100,4 @@ def answer(request: Resend, ring: Ring, newest: int, form: Format) -> tuple[byte
         records += 1
     if gone_from:
         frames.append(lost_frame(Lapped(gone_from, end - gone_from), form))
-    return b"".join(frames), records, lost
+    return b"".join(frames), records

@@ -26,8 +26,9 @@ from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.gate import admit
 from sprint.deliveries.hello import Hello, Refusal
 from sprint.deliveries.reception import BACKLOG, Reception
+from sprint.deliveries.requests import MAX_EXTRA
 from sprint.deliveries.session import latency_origin_ns
-from sprint.deliveries.stream import HELLO_TIMEOUT_NS, MAX_EXTRA
+from sprint.deliveries.stream import HELLO_TIMEOUT_NS
 from sprint.errors import HostError
 from sprint.frames import Format, json_line
 from sprint.histograms import Histogram

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import socket
 import time
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.catch_up import TOP_FIRST, CatchUp
 from sprint.deliveries.deadlines import Deadlines, Heartbeats
 from sprint.deliveries.gate import admit
-from sprint.deliveries.hello import Refusal, welcome_line
+from sprint.deliveries.hearing import Hearing
+from sprint.deliveries.hello import UDP_NOT_SERVED, Refusal, UdpOffer, welcome_line
 from sprint.deliveries.reception import Reception, listen
+from sprint.deliveries.rosters import Rosters
 from sprint.deliveries.session import Feed, Written, latency_origin_ns
 from sprint.deliveries.subscriber import Subscriber
+from sprint.deliveries.udp_sessions import UdpSessions
 from sprint.frames import Format, Heartbeat, heartbeat_frame, record_frame
 from sprint.histograms import Histogram
 from sprint.tiers import NS_PER_MS, NS_PER_S, PROFILES, Tier
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from sprint.deliveries.gate import Gate
     from sprint.deliveries.hello import Hello
+    from sprint.deliveries.udp_sessions import UdpService
     from sprint.ring import Ring
     from sprint.seats import Seats
     from sprint.status import Delivery
@@ -46,15 +49,10 @@ _USER_TIMEOUT_MARGIN_NS: Final = 30 * NS_PER_S
 """So much later the kernel gives up by TCP_USER_TIMEOUT, which also ends a host that vanished without a word; it counts
 a closed receive window as well, and must not forestall our own stall timeout, which is the one that is counted."""
 HELLO_TIMEOUT_NS: Final = 5 * NS_PER_S
-MAX_EXTRA: Final = 1024
-"""Bytes that a subscriber may send after its hello (a line feed too many, a human at nc) before it is closed."""
-
 _SLICE: Final = 16
 """Frames in one write to a subscriber that is catching up."""
 _BATCH: Final = 16
 """Records sent in one go when several wait: all of them to one tier before the next tier's turn."""
-_PROBE_NS: Final = 100 * NS_PER_MS
-"""After a client has half-closed: by then, the answer to a heartbeat has told whether it is gone altogether."""
 
 
 class StreamDelivery:
@@ -71,6 +69,7 @@ class StreamDelivery:
         max_sessions: int,
         max_sessions_per_address: int | None = None,
         seats: Seats | None = None,
+        udp: UdpService | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         hello_timeout_ns: int = HELLO_TIMEOUT_NS,
         stall_timeout_ns: int = STALL_TIMEOUT_NS,
@@ -80,7 +79,7 @@ class StreamDelivery:
         """`network` is the name told to subscribers; `gate` says who is served at which tier.
 
         `max_sessions` counts connections, those still to say hello included. `clock` is CLOCK_MONOTONIC in ns, the
-        clock of the records' seen_ns.
+        clock of the records' seen_ns. With `udp` the top tiers may have their records by UDP.
         """
         self.stalled_closed = 0
         """Sessions closed because they took no byte for the stall timeout."""
@@ -99,14 +98,16 @@ class StreamDelivery:
         self._send_buffer = send_buffer
         self._feed = Feed(ring, clock)
         self._processing = Histogram(accounts.processing)
-        self._rosters: tuple[list[Subscriber], ...] = tuple([] for _ in Tier)
-        self._first = [0 for _ in Tier]
+        self._rosters = Rosters()
         self._unsettled: list[tuple[TierLedger, list[int], list[int], int]] = []
         self._deadlines: Deadlines[Subscriber]
         self._heartbeats: Heartbeats[Subscriber]
         self._catching_up: CatchUp
+        self._hearing: Hearing
         self._loop: asyncio.AbstractEventLoop
         self._reception: Reception | None = None
+        self._udp_service = udp
+        self._udp: UdpSessions | None = None
 
     @property
     def accept_pauses(self) -> int:
@@ -140,6 +141,11 @@ class StreamDelivery:
         self._deadlines = Deadlines(loop, self._clock, self._deadline)
         self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._turn_to_beat)
         self._catching_up = CatchUp(loop, self._clock, self._write)
+        self._hearing = Hearing(
+            loop, self._feed, self._catching_up, self._deadlines, end=self._end, heartbeat=self._heartbeat
+        )
+        if self._udp_service is not None:
+            self._udp = UdpSessions(loop, self._udp_service, self._rosters, self._catching_up)
         self._reception = Reception(
             loop,
             listener,
@@ -158,9 +164,10 @@ class StreamDelivery:
         """Stop listening and close every connection; whatever still waited is counted as dropped."""
         if self._reception is None:
             return
-        for roster in self._rosters:
-            for subscriber in list(roster):
-                self._end(subscriber)
+        for subscriber in [*self._rosters, *(self._udp or ())]:
+            self._end(subscriber)
+        if self._udp is not None:
+            self._udp.close()
         self._reception.close()
         self._reception = None
         self._settle()
@@ -183,7 +190,7 @@ class StreamDelivery:
             feed.publish(last, began)
             frames: list[list[bytes]] = [[record_frame(record, Format.BINARY), b""] for record in records]
             for tier in TOP_FIRST:
-                if self._rosters[tier]:
+                if self._rosters.has(tier):
                     self._publish_to(tier, first, records, frames)
         if self._unsettled:
             self._loop.call_soon(self._settle)
@@ -197,12 +204,10 @@ class StreamDelivery:
         self._accounts.bytes_sent = self._feed.bytes_sent
 
     def _publish_to(self, tier: Tier, first: int, records: list[bytes], frames: list[list[bytes]]) -> None:
-        roster, ledger = self._rosters[tier], self._ledgers[tier]
+        ledger = self._ledgers[tier]
         behind: list[Subscriber] = []
         for sequence, record, forms in zip(range(first, first + len(records)), records, frames, strict=True):
-            self._first[tier] = start = (self._first[tier] + 1) % max(1, len(roster))
-            turn = chain(islice(roster, start, None), islice(roster, start))
-            behind = self._send_round(turn, ledger, sequence, record, forms)
+            behind = self._send_round(self._rosters.turn(tier), ledger, sequence, record, forms)
         worst = 0
         for subscriber in behind:
             worst = max(worst, subscriber.backlog)
@@ -255,10 +260,9 @@ class StreamDelivery:
     def _overtaken(self, now_ns: int) -> None:
         """The ring was overwritten before it was published: everybody catches up with what is left of it."""
         self._feed.publish(self._ring.tail, now_ns)
-        for roster in self._rosters:
-            for subscriber in roster:
-                subscriber.idle = False
-                self._catching_up.add(subscriber)
+        for subscriber in self._rosters:
+            subscriber.idle = False
+            self._catching_up.add(subscriber)
 
     def _admit(self, sock: socket.socket, network: str, hello: Hello, extra: int) -> Refusal | None:
         ticket = admit(self._gate, hello.key, network, self._clock(), time.time_ns())
@@ -267,6 +271,10 @@ class StreamDelivery:
         tier = ticket.tier
         ledger, feed = self._ledgers[tier], self._feed
         subscriber = Subscriber(feed, ledger, hello, sock, network, extra, ticket)
+        offer = self._offer_udp(subscriber, hello)
+        if isinstance(offer, Refusal):
+            self._gate.leave(ticket)
+            return offer
         ticket.end = lambda: self._end(subscriber)
         subscriber.write_line(
             welcome_line(
@@ -277,17 +285,20 @@ class StreamDelivery:
                 session=self._ring.session,
                 network=self._network,
                 form=hello.format,
+                udp=offer,
             )
         )
-        roster = self._rosters[tier]
-        subscriber.place = len(roster)
-        roster.append(subscriber)
+        self._rosters.add(subscriber)
         self._accounts.accepted += 1
-        ledger.accounts.subscribers += 1
         self._heartbeats.add(subscriber)
-        self._loop.add_reader(sock, self._readable, subscriber)
+        self._hearing.add(subscriber)
         self._catching_up.add(subscriber)
         return None
+
+    def _offer_udp(self, subscriber: Subscriber, hello: Hello) -> UdpOffer | Refusal | None:
+        if hello.udp is None:
+            return None
+        return Refusal(UDP_NOT_SERVED) if self._udp is None else self._udp.want(subscriber, hello.udp)
 
     def _end(self, subscriber: Subscriber) -> None:
         if subscriber.closed:
@@ -295,41 +306,17 @@ class StreamDelivery:
         subscriber.closed = True
         subscriber.idle = False
         subscriber.abandon()
-        roster = self._rosters[subscriber.tier]
-        last = roster.pop()
-        if last is not subscriber:
-            roster[subscriber.place] = last
-            last.place = subscriber.place
+        if not subscriber.parked:
+            self._rosters.remove(subscriber)
+        if self._udp is not None:
+            self._udp.end(subscriber)
         self._accounts.disconnected += 1
-        subscriber.ledger.accounts.subscribers -= 1
         self._loop.remove_reader(subscriber.sock)
         self._loop.remove_writer(subscriber.sock)
         subscriber.sock.close()
         self._gate.leave(subscriber.ticket)
         if self._reception is not None:
             self._reception.release(subscriber.network)
-
-    def _readable(self, subscriber: Subscriber) -> None:
-        try:
-            data = subscriber.sock.recv(MAX_EXTRA + 1)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self._end(subscriber)
-            return
-        if data:
-            subscriber.extra += len(data)
-            if subscriber.extra > MAX_EXTRA:
-                self._end(subscriber)
-            return
-        # End of file is a close, or only the sending half's (`printf … | nc -N`). A heartbeat tells which: a peer that
-        # is gone answers it with a reset.
-        self._loop.remove_reader(subscriber.sock)
-        subscriber.half_closed = True
-        if subscriber.idle:
-            self._heartbeat(subscriber)
-        if not subscriber.closed:
-            self._deadlines.set(subscriber, self._clock() + _PROBE_NS)
 
     def _write(self, subscriber: Subscriber) -> Written | None:
         """One slice for one subscriber; None when its socket turned out to be dead."""
@@ -342,6 +329,8 @@ class StreamDelivery:
             self._refused(subscriber)
         elif written is Written.SOME:
             self._catching_up.add(subscriber)
+        elif self._udp is not None:
+            self._udp.caught_up(subscriber)
         return written
 
     def _refused(self, subscriber: Subscriber) -> None:
@@ -384,7 +373,8 @@ class StreamDelivery:
             self._arm(subscriber)
 
     def _heartbeat(self, subscriber: Subscriber) -> None:
-        beat = Heartbeat(self._ring.session, subscriber.cursor - 1, time.time_ns())
+        newest = self._feed.sequence if subscriber.parked else subscriber.cursor - 1
+        beat = Heartbeat(self._ring.session, newest, time.time_ns())
         try:
             written = subscriber.beat(heartbeat_frame(beat, subscriber.form))
         except OSError:
@@ -398,7 +388,7 @@ class StreamDelivery:
 
     def _turn_to_beat(self, subscriber: Subscriber, now_ns: int) -> None:
         if subscriber.idle:
-            if now_ns - self._feed.newest_ns >= self._heartbeat_ns:
+            if subscriber.parked or now_ns - self._feed.newest_ns >= self._heartbeat_ns:
                 self._heartbeat(subscriber)
         elif subscriber.stalled_ns and now_ns - subscriber.stalled_ns >= self._stall_timeout_ns:
             self.stalled_closed += 1

@@ -5,19 +5,21 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+from sprint.deliveries.requests import Requests
 from sprint.deliveries.session import Feed, Session
 
 if TYPE_CHECKING:
     from sprint.admission import Ticket
     from sprint.deliveries.accounts import TierLedger
     from sprint.deliveries.hello import Hello
+    from sprint.deliveries.udp_sessions import ByUdp
 
 
 class Subscriber(Session[socket.socket]):
     """A session with its socket, and its place in the delivery's lists."""
 
-    __slots__ = ("beat_ns", "blocked", "closed", "extra", "half_closed", "ledger", "network", "place", "queued",
-        "ticket", "tier", "timer_ns")  # fmt: skip
+    __slots__ = ("beat_ns", "blocked", "closed", "half_closed", "ledger", "network", "place", "queued", "requests",
+        "ticket", "tier", "timer_ns", "udp")  # fmt: skip
 
     def __init__(
         self,
@@ -34,7 +36,9 @@ class Subscriber(Session[socket.socket]):
         self.ticket = ticket
         self.ledger = ledger
         self.tier = ledger.profile.tier
-        self.extra = extra
+        self.requests = Requests(feed.clock())
+        self.requests.surplus = extra
+        self.udp: ByUdp | None = None
         self.place = 0  # in its tier's roster
         self.beat_ns = 0
         self.timer_ns = 0

@@ -1,9 +1,9 @@
 """What the processes that hold TCP sessions and the one that holds the UDP socket say to each other.
 
 One SOCK_SEQPACKET pair for each stream worker, made before the first fork, so that either end's process may die and
-come back. Whoever begins says Began first, and then nothing counts that its predecessor said: a stream worker's sessions
-are gone, the UDP side has forgotten every subscription. What can't be sent at once waits here, in order; the bound is
-the number of sessions, for each of which there are a few messages.
+come back. Whoever begins says Began first, and then nothing counts that its predecessor said: a stream worker's
+sessions are gone, the UDP side has forgotten every subscription. What can't be sent at once waits here, in order; the
+bound is the number of sessions, for each of which there are a few messages.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import Address
 from sprint.datagrams import TOKEN_SIZE
-from sprint.deliveries.hello import UDP_NOT_SERVED, Refusal, UdpOffer
+from sprint.deliveries.hello import Refusal, UdpOffer
 from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Wanted
 from sprint.frames import UdpChange, UdpReason, UdpState, udp_frame
 from sprint.tiers import Tier
@@ -21,7 +21,10 @@ from sprint.tiers import Tier
 if TYPE_CHECKING:
     import asyncio
     import socket
+    from collections.abc import Iterator
 
+    from sprint.deliveries.catch_up import CatchUp
+    from sprint.deliveries.rosters import Rosters
     from sprint.deliveries.subscriber import Subscriber
     from sprint.deliveries.udp_link import Message
 
@@ -47,45 +50,31 @@ class ByUdp:
     """The first record that the UDP side sends; 0: it doesn't."""
 
 
-class Serves(Protocol):
-    """The stream, as this sees it."""
-
-    def park(self, subscriber: Subscriber) -> None:
-        """No records any more."""
-
-    def unpark(self, subscriber: Subscriber) -> None:
-        """Records again, from the next one on."""
-
-    def insert(self, subscriber: Subscriber, frames: bytes) -> None:
-        """These frames as soon as possible."""
-
-
 class UdpSessions:
     """All sessions of one stream delivery that asked for UDP."""
 
-    def __init__(self, service: UdpService, stream: Serves) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, service: UdpService, rosters: Rosters, catching_up: CatchUp
+    ) -> None:
+        """Parked sessions leave `rosters`; what is to be sent to them goes by `catching_up`."""
         self._service = service
-        self._stream = stream
+        self._rosters = rosters
+        self._catching_up = catching_up
         self._sessions: dict[bytes, Subscriber] = {}
-        self._link: Link | None = None
+        self._link = Link(loop, service.link, self._received)
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listen to the UDP side."""
-        self._link = Link(loop, self._service.link, self._received)
+    def __iter__(self) -> Iterator[Subscriber]:
+        return iter(list(self._sessions.values()))
 
     def close(self) -> None:
         """Every session is over."""
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        self._link.close()
 
     def want(self, subscriber: Subscriber, wish: Address) -> UdpOffer | Refusal:
         """This session asks for its records at that address; what it is to be told."""
         if subscriber.tier not in UDP_TIERS:
             names = " and ".join(tier.label for tier in UDP_TIERS)
             return Refusal(f"udp: tier {subscriber.tier.label} has none, {names} have: subscribe without it")
-        if self._link is None:
-            return Refusal(UDP_NOT_SERVED)
         peer, local = (unmapped(end[0]) for end in (subscriber.sock.getpeername(), subscriber.sock.getsockname()))
         bound = self._service.address
         token = secrets.token_bytes(TOKEN_SIZE)
@@ -99,12 +88,13 @@ class UdpSessions:
         """It has been sent everything that is published."""
         udp = subscriber.udp
         if udp is not None and not subscriber.parked and 0 < udp.first <= subscriber.cursor:
-            self._stream.park(subscriber)
+            subscriber.park()
+            self._rosters.remove(subscriber)
             self._tell(subscriber, UdpState.ACTIVE, UdpReason.NONE)
 
     def end(self, subscriber: Subscriber) -> None:
         """Its connection is over."""
-        if subscriber.udp is not None and self._sessions.pop(subscriber.udp.wanted.token, None) and self._link:
+        if subscriber.udp is not None and self._sessions.pop(subscriber.udp.wanted.token, None) is not None:
             self._link.send(Ended(subscriber.udp.wanted.token))
 
     def _received(self, message: Message) -> None:
@@ -123,7 +113,6 @@ class UdpSessions:
 
     def _began(self) -> None:
         """The UDP side is new, and knows of none of our sessions."""
-        assert self._link is not None
         for subscriber in list(self._sessions.values()):
             assert subscriber.udp is not None
             if subscriber.udp.first:
@@ -134,11 +123,13 @@ class UdpSessions:
         assert subscriber.udp is not None
         subscriber.udp.first = 0
         if subscriber.parked:
-            self._stream.unpark(subscriber)
+            subscriber.unpark()
+            self._rosters.add(subscriber)
         self._tell(subscriber, UdpState.INACTIVE, reason)
 
     def _tell(self, subscriber: Subscriber, state: UdpState, reason: UdpReason) -> None:
-        self._stream.insert(subscriber, udp_frame(UdpChange(state, reason, subscriber.cursor), subscriber.form))
+        subscriber.insert(udp_frame(UdpChange(state, reason, subscriber.cursor), subscriber.form))
+        self._catching_up.add(subscriber)
 
 
 def unmapped(host: str) -> str:

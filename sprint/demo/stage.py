@@ -175,7 +175,7 @@ class Stage:
         if self._wire is not None:
             settings |= {"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": self._wire.near}
         if self._plan.once:
-            return {**settings, "API_BIND": "127.0.0.1:0", "STREAM_BIND": "127.0.0.1:0"}
+            return {**settings, "API_BIND": "127.0.0.1:0", "STREAM_BIND": "127.0.0.1:0", "ZMQ_BIND": "127.0.0.1:0"}
         return settings
 
     @staticmethod

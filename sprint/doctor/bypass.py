@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import re
 from pathlib import Path
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 
     from sprint.config import Config
 
-LOAD_TIMEOUT_S = 25.0
-"""Of compiling and loading, which takes 2 to 4 s on a slow core."""
-
 PURPOSES: dict[Feature, tuple[str, Need | None]] = {
     Feature.XDP: ("hears announcements at the network card", Need.BYPASS),
+    Feature.VETH: ("the mirror's private link, and the demo's wire", Need.BYPASS),
     Feature.XDP_LINK: ("comes off when Sprint is killed, and the mirror needs it", Need.BYPASS),
     Feature.RING_BUFFER: ("the express lane to the relay", Need.BYPASS),
     Feature.AF_XDP: ("the mirror of announcements that the relay reads", Need.BYPASS),
@@ -39,7 +38,7 @@ PURPOSES: dict[Feature, tuple[str, Need | None]] = {
     Feature.BTF: ("nothing of Sprint's needs it, but bpftool shows programs and maps by it", None),
 }
 """What each is for, and what can't be had without it."""
-BACKENDS = {"af_xdp": Feature.AF_XDP, "ringbuf": Feature.RING_BUFFER}
+BACKENDS = {"af_xdp": (Feature.AF_XDP, Feature.VETH), "ringbuf": (Feature.RING_BUFFER,)}
 
 
 def kernel_version() -> list[Finding]:
@@ -49,7 +48,7 @@ def kernel_version() -> list[Finding]:
 
 def features(config: Config) -> list[Finding]:
     """Every feature, tried."""
-    unused = {feature for name, feature in BACKENDS.items() if name not in config.capture}
+    unused = {feature for name, those in BACKENDS.items() if name not in config.capture for feature in those}
     return [judge_feature(probe, unused=probe.feature in unused) for probe in probe_all()]
 
 
@@ -63,7 +62,8 @@ def judge_feature(probe: Probe, *, unused: bool = False) -> Finding:
         return Finding("kernel feature", subject, State.OK, detail, need=need)
     since = ".".join(map(str, SINCE[probe.feature]))
     if probe.available is None:
-        return Finding("kernel feature", subject, State.UNKNOWN, detail, "run the doctor as root", need)
+        remedy = f"Linux {since} or later tells" if os.geteuid() == 0 else "run the doctor as root"
+        return Finding("kernel feature", subject, State.UNKNOWN, detail, remedy, need)
     state = State.MISSING if need else State.DEGRADED
     return Finding(
         "kernel feature", subject, state, detail, f"a kernel of {since} or later that is built with it", need
@@ -158,7 +158,7 @@ def programs(config: Config, *, quick: bool) -> list[Finding]:
         detail = "nothing known stands in their way; not tried (--quick)"
         return [Finding(check, subject, State.OK, detail, need=Need.BYPASS)]
     try:
-        loaded = load(config.network.magic, [config.network.port], timeout_s=LOAD_TIMEOUT_S)
+        loaded = load(config.network.magic, [config.network.port])
     except (LoadError, OSError) as error:
         remedy = "the kernel's and bcc's versions are told above: another kernel, or a newer python3-bpfcc"
         return [Finding(check, subject, State.MISSING, f"could not be loaded: {error}", remedy, Need.BYPASS)]

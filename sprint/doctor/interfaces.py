@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sprint.doctor.findings import Finding, Need, State
 from sprint.uplinks import default_interfaces
+from xdp.links import ours
 from xdp.netdev import XdpFeature
 from xdp.prospects import Prospect, prospects
 
@@ -26,11 +27,13 @@ RESOLVE_S = 2.0
 
 
 def interfaces(config: Config, running: RunningBypass | None) -> list[Finding]:
-    """All but the loopback, the captured ones first."""
+    """All but the loopback and the bypass's own private links, the captured ones first."""
+    private = {each.index for each in ours() if each.filter is None}
+    found = [each for each in prospects() if not {each.interface.index, each.interface.peer_index} & private]
     if config.interfaces:
-        return judge(prospects(), config.interfaces, (), running, chosen=True)
+        return judge(found, config.interfaces, (), running, chosen=True)
     names, problems = default_interfaces(config.upstreams, RESOLVE_S)
-    return judge(prospects(), names, problems, running, chosen=False)
+    return judge(found, names, problems, running, chosen=False)
 
 
 def judge(

@@ -7,24 +7,20 @@ source says nothing, and the plain sockets serve.
 
 from __future__ import annotations
 
-import json
-import os
 import select
-import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from sprint.bypass_line import CAPTURE, AskingEnd, close_all
+
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from sprint.events import Want
     from sprint.sources import Heard
     from sprint.sources.capture import CaptureSource
 
-KIND = "capture"
-ASK = b"capture?"
-MAX_MESSAGE = 4096
-MAX_DESCRIPTORS = 8
 LOOK_NS = 100_000_000
 """How often a polling loop looks whether something new was handed over: it costs a system call."""
 
@@ -36,8 +32,7 @@ class BypassSource:
         self, control: socket.socket, open_capture: Callable[[dict[str, Any], list[int]], CaptureSource], log: Any
     ) -> None:
         """`open_capture` makes a capture of what was handed over: facts and descriptors, which are its own then."""
-        control.setblocking(False)
-        self._control = control
+        self._line = AskingEnd(control, CAPTURE)
         self._open_capture = open_capture
         self._log = log
         self._capture: CaptureSource | None = None
@@ -45,8 +40,6 @@ class BypassSource:
         self._look_ns = 0
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
-        with suppress(OSError):
-            control.send(ASK)
 
     def fileno(self) -> int:
         """Readable when the capture has something, or something is handed over."""
@@ -79,36 +72,19 @@ class BypassSource:
         self._epoll.close()
 
     def _take_over(self) -> None:
-        """The newest of what was handed over; older ones, and what we didn't ask for, are closed unseen."""
-        newest: tuple[dict[str, Any], list[int]] | None = None
-        while True:
-            try:
-                message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, MAX_DESCRIPTORS)
-            except BlockingIOError:
-                break
-            except OSError:
-                return
-            if not message:
-                break
-            facts = json.loads(message)
-            if facts.pop("kind", None) != KIND:
-                _close(descriptors)
-                continue
-            if newest is not None:
-                _close(newest[1])
-            newest = (facts, descriptors)
-        if newest is None:
+        handed_over = self._line.take()
+        if handed_over is None:
             return
         self._drop()
-        facts, descriptors = newest
-        if facts.get("ended"):
-            _close(descriptors)
+        facts, descriptors = handed_over
+        if facts is None:
+            close_all(descriptors)
             return
         try:
             self._capture = self._open_capture(facts, descriptors)
         except OSError as error:
             self._log.warning("Capture can't be opened", reason=str(error))
-            _close(descriptors)
+            close_all(descriptors)
             return
         self._captured = self._capture.fileno()
         self._epoll.register(self._captured, select.EPOLLIN)
@@ -120,8 +96,3 @@ class BypassSource:
                 self._epoll.unregister(self._captured)
             self._capture.close()
             self._capture = None
-
-
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

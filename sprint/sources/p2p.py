@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sprint.addresses import Address
+    from sprint.bitcoin.codec import Message
     from sprint.bitcoin.networks import Network
     from sprint.events import Want
     from sprint.sources import Heard
@@ -41,6 +42,7 @@ class P2PSource:
         status: StatusBlock,
         *,
         direct: bool = True,
+        make_upstream: Callable[[Address, Network, int, Callable[[], int]], Upstream] = Upstream,
     ) -> None:
         """`tip_height` gives the height that our version message claims.
 
@@ -51,7 +53,7 @@ class P2PSource:
         nonce = random.getrandbits(64)
         self._status = status
         self._upstreams = {
-            str(address): Upstream(address, network, nonce, tip_height) for address in dict.fromkeys(upstreams)
+            str(address): make_upstream(address, network, nonce, tip_height) for address in dict.fromkeys(upstreams)
         }
         self._epoll = select.epoll()
         self._resolver = Resolver()
@@ -121,6 +123,12 @@ class P2PSource:
         if upstream is not None:
             self._heard += upstream.ask_headers(want.locator, now_ns)
             self._watch(upstream)
+
+    def send(self, peer: str, message: Message, now_ns: int) -> None:
+        """Send a message to the upstream of that name, if its handshake is complete."""
+        upstream = self._upstreams[peer]
+        self._heard += upstream.send(message, now_ns)
+        self._watch(upstream)
 
     def close(self) -> None:
         """End all connections."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sprint.addresses import Address
+    from sprint.bitcoin.codec import Message
     from sprint.bitcoin.networks import Network
     from sprint.sources import Heard
     from sprint.sources.resolver import SocketAddress
@@ -192,13 +193,17 @@ class Upstream:
 
     def ask_headers(self, locator: tuple[bytes, ...], now_ns: int) -> list[Heard]:
         """Send a getheaders, if the handshake is complete."""
+        self._asked += self.ready
+        return self.send(GetHeaders(locator), now_ns)
+
+    def send(self, message: Message, now_ns: int) -> list[Heard]:
+        """Send a message, if the handshake is complete."""
         if self._connection is None or not self.ready:
             return []
         try:
-            self._connection.send(GetHeaders(locator))
+            self._connection.send(message)
         except LocalProtocolError as error:
             return self.drop(now_ns, str(error))
-        self._asked += 1
         return self._flush(now_ns)
 
     def request_high_bandwidth(self) -> list[Heard]:

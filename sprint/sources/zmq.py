@@ -11,8 +11,6 @@ such a message is counted and skipped. (The number of frames in one message is l
 
 from __future__ import annotations
 
-import errno
-import os
 import select
 import time
 from collections import deque
@@ -23,6 +21,7 @@ from sprint.bitcoin.codec import MalformedError
 from sprint.events import Announcement, MessagesMissed, Sighting, Source
 from sprint.status import StatusBlock, writing
 from sprint.tiers import NS_PER_S
+from sprint.zmq_sockets import PublisherLink
 from sprint.zmq_wire import HASHBLOCK, RAWBLOCK, GapCounter, read_block
 
 if TYPE_CHECKING:
@@ -48,26 +47,24 @@ class Publisher:
 
     def __init__(self, context: Context, node: Address, tip: bytes) -> None:
         self.name = str(node)
-        self.connected = False
-        self.connects = self.failures = self.skipped = self.lost = self.received_bytes = 0
-        self.last_error = ""
+        self.link = PublisherLink(context, node, TOPICS)
+        self.skipped = self.lost = self.received_bytes = 0
         self.more = False
         """Messages may be waiting that no descriptor tells of."""
-        self._sub, self._monitor = zmq_sockets.subscriber(context, node, TOPICS)
+        self._connects = 0
         self._gaps = GapCounter()
         self._named: deque[bytes] = deque((tip,), maxlen=NAMED)
 
-    def descriptors(self) -> tuple[int, int]:
-        """What to watch."""
-        return zmq_sockets.descriptor(self._sub), zmq_sockets.descriptor(self._monitor)
-
-    def hear(self, tip: bytes) -> list[Heard]:
+    def hear(self, now_ns: int, tip: bytes) -> list[Heard]:
         """What came since the last time; `tip` is our best block, which a new connection can't be blamed for."""
         heard: list[Heard] = []
-        for event, value in zmq_sockets.events_of(self._monitor):
-            self._on_event(event, value, tip, heard)
+        if self.link.look(now_ns):
+            heard.append(MessagesMissed(Source.ZMQ, self.name))
+        if self._connects != self.link.connects:
+            self._connects = self.link.connects
+            self._named.append(tip)
         for _ in range(MESSAGES_A_TURN):
-            frames = zmq_sockets.receive(self._sub)
+            frames = self.link.receive()
             if frames is None:
                 self.more = False
                 return heard
@@ -78,26 +75,6 @@ class Publisher:
     def has_named(self, block_hash: bytes) -> bool:
         """Whether it has told of that block, or can't be expected to."""
         return block_hash in self._named
-
-    def close(self) -> None:
-        """Leave the publisher."""
-        zmq_sockets.close(self._sub, self._monitor)
-
-    def _on_event(self, event: int, value: int, tip: bytes, heard: list[Heard]) -> None:
-        if event == zmq_sockets.CONNECTED:
-            self.connected = True
-            self.connects += 1
-            self.last_error = ""
-            self._named.append(tip)
-            if self.connects > 1:
-                heard.append(MessagesMissed(Source.ZMQ, self.name))
-        elif event == zmq_sockets.DISCONNECTED:
-            self.connected = False
-            self.failures += 1
-            self.last_error = "connection lost"
-        elif event == zmq_sockets.REFUSED and not self.connected:
-            self.failures += 1
-            self.last_error = self.last_error or f"can't connect: {os.strerror(value or errno.ECONNREFUSED)}"
 
     def _on_message(self, frames: Frames, seen_ns: int, heard: list[Heard]) -> None:
         try:
@@ -149,30 +126,31 @@ class ZmqSource:
         self._publishers = [Publisher(self._context, node, self._tip_told) for node in dict.fromkeys(nodes)]
         self._epoll = select.epoll()
         for publisher in self._publishers:
-            for descriptor in publisher.descriptors():
+            for descriptor in publisher.link.descriptors():
                 self._epoll.register(descriptor, select.EPOLLIN)
             status.peer_index(publisher.name)
-        self._look = True
-        """The calls that set the sockets up may have swallowed what their descriptors would tell."""
+        self._due_ns: int | None = 0
+        """When to look without being told; at once, at first, for the set-up may have swallowed a signal."""
 
     def fileno(self) -> int:
         """The epoll descriptor over all of libzmq's."""
         return self._epoll.fileno()
 
-    def poll(self, now_ns: int) -> list[Heard]:  # noqa: ARG002 - libzmq keeps its own time
+    def poll(self, now_ns: int) -> list[Heard]:
         """Take what libzmq's thread has received."""
-        if not self._look and not self._epoll.poll(0, 1):
+        if (self._due_ns is None or now_ns < self._due_ns) and not self._epoll.poll(0, 1):
             return []
         heard: list[Heard] = []
         tip = self._tip()
         for publisher in self._publishers:
-            heard += publisher.hear(tip)
-        self._look = any(publisher.more for publisher in self._publishers)
+            heard += publisher.hear(now_ns, tip)
+        times = [0 if publisher.more else publisher.link.deadline() for publisher in self._publishers]
+        self._due_ns = min((due_ns for due_ns in times if due_ns is not None), default=None)
         return heard
 
     def deadline(self) -> int | None:
-        """At once, if more is known to wait than one turn takes; else libzmq's descriptors tell."""
-        return 0 if self._look else None
+        """When a publisher is to be tried anew; at once, if more is known to wait than one turn takes."""
+        return self._due_ns
 
     def want(self, want: Want, now_ns: int) -> None:
         """A publisher can't be asked anything."""
@@ -188,20 +166,20 @@ class ZmqSource:
                 continue
             row = self._status.layout.peers[index]
             age_ns = now_ns - self._tip_since_ns
-            silent = publisher.connected and age_ns >= self._silent_ns and not publisher.has_named(tip)
+            link = publisher.link
+            silent = link.connected and age_ns >= self._silent_ns and not publisher.has_named(tip)
             with writing(row):
                 row.source = Source.ZMQ
                 row.agent = b"ZMQ publisher"
-                row.connected = publisher.connected
-                row.connects, row.failures = publisher.connects, publisher.failures
+                row.connected, row.connects, row.failures = link.connected, link.connects, link.failures
                 row.bytes_received, row.skipped_messages = publisher.received_bytes, publisher.skipped
                 row.lost_messages = publisher.lost
                 row.silent_ns = age_ns if silent else 0
-                row.last_error = publisher.last_error.encode()[:127]
+                row.last_error = link.last_error.encode()[:127]
 
     def close(self) -> None:
         """Leave all publishers."""
         for publisher in self._publishers:
-            publisher.close()
+            publisher.link.close()
         self._epoll.close()
         self._context.term()

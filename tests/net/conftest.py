@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.net.netns import Namespace, veth_pair
+from tests.net.subscribers import SOURCE_PORT, Cable, switch_gro
 from xdp import loader
+from xdp.fanout import Fanout, open_fanout
+from xdp.fanout_maps import Sender
+from xdp.fanout_run import FanoutRun
+from xdp.fanout_table import FanoutTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,3 +34,53 @@ def loaded(bpf_loadable: None) -> Iterator[loader.Loaded]:
     """capture.c for regtest, loaded once for a module's tests and attached to nothing."""
     with loader.load(REGTEST_MAGIC, [REGTEST_PORT]) as programs:
         yield programs
+
+
+# ── the fan-out ──
+
+
+@pytest.fixture(scope="module")
+def launch(bpf_loadable: None) -> Iterator[Namespace]:
+    """The namespace that the module's tests are in."""
+    with Namespace() as space, space.entered():
+        yield space
+
+
+@pytest.fixture(scope="module")
+def fanout(launch: Namespace) -> Iterator[Fanout]:
+    with open_fanout() as opened:
+        yield opened
+
+
+@pytest.fixture
+def far() -> Iterator[Namespace]:
+    with Namespace() as space:
+        yield space
+
+
+@pytest.fixture
+def cable(launch: Namespace, far: Namespace) -> Iterator[Cable]:
+    pair = Cable(*veth_pair(launch, far))
+    switch_gro(pair.far, on=True)
+    yield pair
+    launch.delete_link(pair.near.name)
+
+
+@pytest.fixture
+def second(launch: Namespace, far: Namespace) -> Iterator[Cable]:
+    pair = Cable(*veth_pair(launch, far, ("near2", "far2")))
+    switch_gro(pair.far, on=True)
+    yield pair
+    launch.delete_link(pair.near.name)
+
+
+@pytest.fixture
+def table(fanout: Fanout) -> Iterator[FanoutTable]:
+    with FanoutTable(fanout.handover(), SOURCE_PORT) as made:
+        yield made
+
+
+@pytest.fixture
+def run(fanout: Fanout) -> Iterator[FanoutRun]:
+    with FanoutRun(fanout.handover(), Sender.RELAY) as made:
+        yield made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ import pytest
 
 from tests.net import packets, tiny_bpf
 from tests.net.netns import Namespace, Veth, veth_pair
-from tests.net.test_capture import BOTH, collect, drain, saw
+from tests.net.test_capture import BOTH, PATIENCE_S, collect, drain, forked, saw
 from xdp import kernel, links
 from xdp.attachment import AttachError, climb
 from xdp.capture import Capture
 from xdp.interfaces import interface, rtnetlink
 from xdp.outlet import Outlet
 from xdp.ringbuf import RingBuffer
+from xdp.rings import RingCorruptError
 from xdp.segments import Backend
 
 if TYPE_CHECKING:
@@ -132,6 +134,32 @@ def test_a_link_that_somebody_forces_off_is_noticed(outlet: Outlet, wires: dict[
         pass
 
 
+@pytest.mark.parametrize("has_tcx", [True, False])
+def test_of_a_killed_owner_of_two_nothing_stays_on_either_and_the_rest_is_cleaned(
+    loaded: Loaded, wires: dict[str, Veth], monkeypatch: pytest.MonkeyPatch, has_tcx: bool
+) -> None:
+    if not has_tcx:
+        monkeypatch.setattr(kernel, "ATTACH_TCX_INGRESS", 0x7FFF)  # as a kernel before 6.6: EINVAL
+    kept: list[object] = []
+
+    def hold() -> None:
+        outlet = Outlet(loaded)
+        kept.extend((outlet, climb(outlet, "alpha"), outlet.handover(), climb(outlet, "beta")))
+
+    with forked(hold):
+        assert [len(interface(name).xdp) for name in wires] == [1, 1]
+        assert links.leftovers() == []
+    give_up = time.monotonic() + PATIENCE_S
+    while any(interface(name).xdp for name in wires):  # the kernel takes them off a moment after the process
+        assert time.monotonic() < give_up
+    left = {entry.name for entry in links.leftovers() if entry.filter is not None}
+    assert left == (set() if has_tcx else {"alpha", "beta"})
+    assert len(links.clean()) == len(left) + 1
+    assert links.ours() == []
+    with Outlet(loaded) as outlet, climb(outlet, "alpha") as alpha, climb(outlet, "beta") as beta:
+        assert (alpha.mode, beta.mode) == ("native", "native")
+
+
 def test_a_mirror_that_was_switched_off_or_taken_away_is_noticed(outlet: Outlet, near: Namespace) -> None:
     assert outlet.mirror is not None
     assert outlet.intact()
@@ -144,6 +172,18 @@ def test_a_mirror_that_was_switched_off_or_taken_away_is_noticed(outlet: Outlet,
     assert not outlet.carries()
     outlet.close()
     assert links.ours() == []
+
+
+def test_a_ring_buffer_that_is_written_over_during_the_self_test_is_a_reason_and_no_crash(
+    outlet: Outlet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overrun(_ring: RingBuffer, _limit: int) -> list[memoryview]:
+        raise RingCorruptError("a record ends behind the producer")
+
+    monkeypatch.setattr(RingBuffer, "poll", overrun)
+    with pytest.raises(AttachError, match="native: the ring buffer was overrun during the self-test"):
+        climb(outlet, "alpha")
+    assert interface("alpha").xdp == ()
 
 
 def test_an_interface_without_ethernet_frames_is_refused(outlet: Outlet, near: Namespace) -> None:

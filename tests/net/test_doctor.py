@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
 from sprint import config
+from sprint.demo.stage import Plan, Stage
 from sprint.doctor import Finding, State, examine
 from tests.net.netns import Namespace, veth_pair
 from tests.net.tiny_bpf import EXIT, XDP, XDP_PASS, attach_xdp, load_program, mov
@@ -145,8 +146,10 @@ def test_a_dead_runs_link_is_told_and_clean_removes_it(space: Namespace, tmp_pat
     dead = Owner(child.pid, 0, Owner.this_process().pid_namespace)
     child.kill()
     child.wait()
-    create_mirror(owner=dead)
-    assert "sprint doctor --clean" in told(tmp_path)["leftovers"].remedy
+    link = create_mirror(owner=dead)
+    found = told(tmp_path)
+    assert "sprint doctor --clean" in found["leftovers"].remedy
+    assert not {f"interface {link.near}", f"interface {link.far}"} & set(found)
     done = sprint(tmp_path, "doctor", "--clean")
     assert (done.returncode, done.stdout.startswith("removed: ")) == (0, True)
     assert leftovers() == []
@@ -156,7 +159,7 @@ def test_a_dead_runs_link_is_told_and_clean_removes_it(space: Namespace, tmp_pat
 def sprint(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "BITCOIN_NODE": "127.0.0.1:1", **ENTERPRISE, **settings}
     command = [sys.executable, "-m", "sprint", *arguments]
-    return subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=110, check=False)
 
 
 def report(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
@@ -197,7 +200,7 @@ def test_a_user_who_is_not_root_is_told_what_that_leaves_and_exits_with_1(tmp_pa
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=110,
             check=False,
         )
     found = report(done)
@@ -228,7 +231,7 @@ def test_a_machine_without_bcc_is_told_the_package(space: Namespace, tmp_path: P
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     found = report(done)
@@ -236,3 +239,21 @@ def test_a_machine_without_bcc_is_told_the_package(space: Namespace, tmp_path: P
     assert (found["bcc"]["state"], "python3-bpfcc" in found["bcc"]["remedy"]) == ("missing", True)
     assert found["kernel feature XDP programs"]["state"] == "ok"  # that needs no bcc
     assert "bcc is not importable" in found["kernel bypass programs"]["detail"]
+
+
+def test_a_running_sprint_is_asked_and_its_program_is_not_taken_for_somebody_elses(
+    bpf_loadable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's whole stage, on a wire of its own."""
+    monkeypatch.setenv("OPTIMIZE_SYSTEM", "false")
+    monkeypatch.delenv("TIER", raising=False)
+    with ExitStack() as stack:
+        stage = Stage(Plan(once=True, as_json=True, blocks=1, subscribers=1, interval_s=0.1), stack)
+        bypass = stage.relay.ask("turbo-status")["kernelBypass"]
+        assert bypass["active"], bypass["reason"]
+        settings = {"API_BIND": stage.api.removeprefix("http://"), "INTERFACE": ",".join(bypass["interfaces"])}
+        found = report(sprint(tmp_path, "doctor", "--json", "--quick", **settings))
+    for name in bypass["interfaces"]:
+        mode = found[f"XDP mode {name}"]
+        assert (mode["state"], "Sprint runs on it now" in mode["detail"]) == ("ok", True)
+    assert "the running capture saw" in next(each["detail"] for name, each in found.items() if name.startswith("flows"))

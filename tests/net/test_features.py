@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -99,6 +100,22 @@ def test_a_kernel_without_a_feature_is_told_by_its_own_words(monkeypatch: pytest
     monkeypatch.setattr(features, "_RINGBUF", 9_999)
     found = probe(Feature.RING_BUFFER)
     assert (found.available, found.detail) == (False, "BPF_MAP_CREATE: Invalid argument")
+
+
+@needs_root
+def test_where_no_veth_pair_can_be_made_nothing_else_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def refuse(what: str) -> Iterator[None]:
+        raise OSError(errno.EOPNOTSUPP, f"{what}: Operation not supported")
+        yield
+
+    monkeypatch.setattr(features, "rtnetlink", refuse)
+    found = {each.feature: each for each in probe_all()}
+    assert found[Feature.VETH].available is False
+    for feature in (Feature.XDP_LINK, Feature.AF_XDP, Feature.TCX, Feature.NDO_XMIT):
+        assert found[feature].available is None
+        assert "a veth pair: Operation not supported" in found[feature].detail
+    assert found[Feature.XDP].available
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ class Product:
             "DATA_DIR": str(self.data_dir),
             "API_BIND": "127.0.0.1:0",
             "STREAM_BIND": "127.0.0.1:0",
+            "UDP_BIND": "127.0.0.1:0",
+            "ZMQ_BIND": "127.0.0.1:0",
             "LOG_FORMAT": "json",
             **settings,
         }

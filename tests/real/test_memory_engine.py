@@ -59,7 +59,7 @@ def test_the_tier_and_the_switch_decide_which_engine_runs(
         health = product.ask("health")
         assert health["engine"] == engine
         names = [row["name"] for row in health["processes"]]
-        assert names == (["relay", "stream-0", "stream-1", "shm", "api"] if engine == "memory" else [])
+        assert names == (["relay", "stream-0", "stream-1", "udp", "shm", "zmq", "api"] if engine == "memory" else [])
         assert len(logged(product, START_LINE)) == (engine == "memory")
         status = product.ask("turbo-status")
         assert status["useSharedMemory"] is (engine == "memory")

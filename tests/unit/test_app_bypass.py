@@ -13,8 +13,8 @@ import pytest
 
 from sprint import app_bypass
 from sprint.app_bypass import BypassProcess
+from sprint.bypass_line import CAPTURE, EGRESS, AskingEnd
 from sprint.config import load as load_config
-from sprint.sources.bypass import ASK, KIND
 from sprint.status import StatusBlock
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class _Scene:
         config = load_config({"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": "nosuch0"})
         controls = [stack.enter_context(pair[1]) for pair in pairs]
         self.process = BypassProcess(config, self.status, controls, None)
-        self.capture, self.egress = _Holding("capture"), _Holding("egress")
+        self.capture, self.egress = _Holding(CAPTURE), _Holding(EGRESS)
+        for control in (self.relay, self.worker):
+            assert control.recv(64) == b'{"started": true}'
         monkeypatch.setattr(self.process, "_holdings", [self.capture, self.egress])
         for holding in (self.capture, self.egress):
             stack.callback(os.close, holding.reading)
@@ -75,8 +77,8 @@ class _Scene:
         """What the loop does, without waiting."""
         self.process._tend()
         self.process._tell()
-        for consumer in self.process._consumers:
-            self.process._answer(consumer)
+        for line in self.process._lines:
+            self.process._answer(line)
 
 
 @pytest.fixture
@@ -117,22 +119,22 @@ def test_each_gets_what_it_asked_for_at_once_if_there_is_any(scene: _Scene) -> N
 
 
 def test_who_asked_too_early_gets_it_as_soon_as_there_is_any_and_again_whenever_it_has_changed(scene: _Scene) -> None:
-    scene.relay.send(ASK)
+    scene.relay.send(b"capture?")
     scene.step()
     assert has_nothing(scene.relay)
     for number in (1, 2):
         scene.capture.number = number
         scene.step()
-        assert receive(scene.relay) == ({"kind": KIND, "number": number}, 1)
+        assert receive(scene.relay) == ({"kind": CAPTURE, "number": number}, 1)
     scene.capture.number = None
     scene.step()
-    assert receive(scene.relay) == ({"kind": KIND, "ended": True}, 0)
+    assert receive(scene.relay) == ({"kind": CAPTURE, "ended": True}, 0)
 
 
 def test_a_successor_asks_again_and_gets_it_again(scene: _Scene) -> None:
     scene.capture.number = 1
     for _ in range(2):
-        scene.relay.send(ASK)
+        scene.relay.send(b"capture?")
         scene.step()
         assert receive(scene.relay)[0]["number"] == 1
 
@@ -154,12 +156,30 @@ def test_what_is_no_question_is_answered_by_nothing(scene: _Scene, asked: bytes)
 
 
 def test_one_that_never_reads_keeps_nobody_waiting(scene: _Scene) -> None:
-    scene.relay.send(ASK)
-    scene.worker.send(ASK)
+    scene.relay.send(b"capture?")
+    scene.worker.send(b"capture?")
     for number in range(2_000):
         scene.capture.number = number
         scene.step()
         assert receive(scene.worker)[0]["number"] == number
+
+
+def test_the_other_end_s_newest_is_what_counts_and_a_successor_s_word_that_it_ended(scene: _Scene) -> None:
+    line = AskingEnd(scene.worker, EGRESS)
+    scene.capture.number = 9
+    assert line.take() is None
+    for number in range(3):
+        scene.egress.number = number
+        scene.step()
+    taken = line.take()
+    assert taken is not None
+    assert taken.facts == {"number": 2}
+    (descriptor,) = taken.descriptors
+    os.close(descriptor)
+    scene.egress.number = None
+    scene.step()
+    assert line.take() == (None, [])
+    assert line.take() is None
 
 
 def test_the_status_has_what_each_of_its_holdings_says(scene: _Scene) -> None:

@@ -153,6 +153,30 @@ def test_a_check_that_fails_and_one_that_hangs_become_lines_and_the_others_go_on
     assert "no answer within 0.05 s" in findings[1].detail
 
 
+def test_a_heavy_check_waits_for_the_others_and_keeps_its_place() -> None:
+    order: list[str] = []
+
+    def heavy() -> list[Finding]:
+        order.append("heavy")
+        return [Finding("heavy", "", State.OK, "done")]
+
+    def light() -> list[Finding]:
+        order.append("light")
+        return [Finding("light", "", State.OK, "done")]
+
+    findings = run([Check("heavy", heavy, 5, heavy=True), Check("light", light, 5)])
+    assert (order, [each.check for each in findings]) == (["light", "heavy"], ["heavy", "light"])
+
+
+def test_a_failure_of_what_is_needed_shows_in_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: config.Config) -> list[Finding]:
+        raise RuntimeError("of all things")
+
+    monkeypatch.setattr("sprint.doctor.nodes.nodes", fail)
+    *_, judged = examine(configured(tmp_path), quick=True)
+    assert (judged.state, "nodes" in judged.detail) == (State.DEGRADED, True)
+
+
 def test_this_host_is_examined_without_an_exception_and_every_line_is_whole(tmp_path: Path) -> None:
     findings = examine(configured(tmp_path), quick=True)
     names = [each.name for each in findings]

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("app",),
     ("app_memory",),
     ("app_relay", "app_workers"),
-    ("app_bypass",),
+    ("app_bypass", "app_zmq"),
     ("ingress",),
     ("composition", "uplinks"),
     ("api", "client", "deliveries", "engines", "sources"),
@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bitcoin",),
     (
         "addresses",
+        "bypass_line",
         "channels",
         "durations",
         "events",
@@ -57,7 +58,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("",),  # sprint itself: the version
 )
-COMPOSITION = {"app", "app_memory", "app_relay", "app_workers", "app_bypass"}
+COMPOSITION = {
+    "app",
+    "app_memory",
+    "app_relay",
+    "app_workers",
+    "app_bypass",
+    "app_zmq",
+    "uplinks",
+}  # uplinks: sources.resolver
 """The only ones that know sources, deliveries and the API all at once; benchmarks may take one of them by itself."""
 PURE = {
     *("bitcoin", "chain", "header_tree", "packed_chain", "side_branches", "relay", "sync", "record", "ring", "tiers"),
@@ -68,6 +77,7 @@ IMPURE = {"socket", "asyncio", "selectors", "select", "threading", "time", "logg
 MAY_IMPORT_XDP = {
     "sources.capture",
     "deliveries.udp",
+    "deliveries.udp_sender",
     "app",
     "app_bypass",
     "ingress",

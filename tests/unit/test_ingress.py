@@ -232,6 +232,7 @@ def test_what_cannot_be_loaded_is_the_reason_for_all_and_tried_again_at_growing_
     for now_s in range(8):
         holding.tend(now_s * NS_PER_S)
         assert holding.said()["reason"] == "bcc is not importable"
+        assert attached(holding)[0] == ("alpha", None, False, "bcc is not importable")
     assert [values for _, values in kernel.log if values["reason"] == "bcc is not importable"] == [
         {"reason": "bcc is not importable"}
     ]

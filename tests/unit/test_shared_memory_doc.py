@@ -17,8 +17,9 @@ import pytest
 from sprint import ring as ring_module
 from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.hello import MAX_HELLO, Hello, read_hello
+from sprint.deliveries.requests import MAX_EXTRA
 from sprint.deliveries.shm import MODE
-from sprint.deliveries.stream import HELLO_TIMEOUT_NS, MAX_EXTRA
+from sprint.deliveries.stream import HELLO_TIMEOUT_NS
 from sprint.ring import HEADER_SIZE, LAYOUT, MAGIC, Ring, RingWriter, size_for
 from sprint.tiers import NS_PER_S, Tier
 from tests.unit.shm_host import SESSION, Client, record_of, refusal, serving, until

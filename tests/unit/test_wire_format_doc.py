@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sprint.deliveries.hello import Hello, Refusal, read_hello, refusal_line, welcome_line
-from sprint.deliveries.stream import HELLO_TIMEOUT_NS, MAX_EXTRA, STALL_TIMEOUT_NS
+from sprint.deliveries.requests import MAX_EXTRA
+from sprint.deliveries.stream import HELLO_TIMEOUT_NS, STALL_TIMEOUT_NS
 from sprint.events import Event, Lapped, Source, State
 from sprint.frames import (
     MAX_FRAME,

@@ -141,10 +141,8 @@ static __always_inline void write_express(struct view *v, struct work *w, struct
     entry->skipped = from;
     entry->flags = w->flags;
     entry->reasons = w->reasons;
-    u64 least = 1; /* unknown to the compiler: of `size == 0` the verifier learned nothing before Linux 6.8 */
     FORGET(size);
-    FORGET(least);
-    if (size < least || size > EXPRESS_PAYLOAD)
+    if (size < ONE || size > EXPRESS_PAYLOAD)
         return;
     if (load(v, w->start + from, room->payload, size) ||
         express.ringbuf_output(room, sizeof(*entry) + size, c->wakeup ? 0 : BPF_RB_NO_WAKEUP))

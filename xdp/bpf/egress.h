@@ -43,7 +43,8 @@ struct directory {
     u64 version;     /* of the current snapshot */
     u64 gap_ps;      /* pacing: least time from frame to frame, picoseconds; 0: as fast as it goes */
     u32 burst;       /* frames without a pause */
-    u32 zero[11];
+    u32 proofs;      /* counts up when all interfaces have been proven: who has stepped down may try again */
+    u32 zero[10];
 };
 
 /* One run. The first line is its sender's, the second the kernel's. */

@@ -83,7 +83,7 @@ static __always_inline void follow(struct view *v, struct work *w, struct track 
         __builtin_memcpy(w->header, t->head, HEADER_SIZE);
         FORGET(have);
         FORGET(need);
-        if (have > HEADER_SIZE - 1 || need == 0 || need > HEADER_SIZE)
+        if (have > HEADER_SIZE - 1 || need < ONE || need > HEADER_SIZE)
             goto lost;
         if (load(v, w->start + at, (u8 *)w->header + have, need))
             goto lost;
@@ -122,7 +122,7 @@ static __always_inline void follow(struct view *v, struct work *w, struct track 
         return;
     u64 left = length - at;
     FORGET(left);
-    if (left > 0 && left < HEADER_SIZE) {
+    if (left >= ONE && left < HEADER_SIZE) {
         if (load(v, w->start + at, w->header, left) || !can_be_header(w->header[0], left, c))
             goto lost;
         __builtin_memcpy(t->head, w->header, HEADER_SIZE);

@@ -18,9 +18,11 @@
 /* For the verifier. It wants the bounds of a size compared right before its use, in 64 bits: FORGET keeps the compiler
  * from dropping a comparison whose outcome it can prove itself. And it follows a value that is used as a size through
  * every way it may have come, unless it came from memory: UNKNOWN has the compiler read a field from there once more.
- * Without that, sixteen messages a segment are more than it takes; with it, sixty-four cost a quarter of its limit. */
+ * Without that, sixteen messages a segment are more than it takes; with it, sixty-four cost a quarter of its limit.
+ * Before Linux 6.8 it learns nothing of a size from `!= 0`: ONE is a 1 that the compiler doesn't know, to compare with. */
 #define FORGET(size) asm volatile("" : "+r"(size))
 #define UNKNOWN(field) (*(volatile typeof(field) *)&(field))
+#define ONE ({ u64 one = 1; FORGET(one); one; })
 
 /* A segment while it is looked at. The header has room for a partial one and as much again: the verifier adds the most
  * that each part may have. */

@@ -35,6 +35,7 @@ def test_health_tells_what_runs_where_and_for_how_long(healthy: StatusBlock) -> 
     assert views.health(healthy, NOW_NS, healthy.layout.started_wall_ns + 90 * NS_PER_S) == {
         "status": "ok",
         "problems": [],
+        "warnings": [],
         "version": "0.1.0",
         "engine": "standard",
         "tier": "turbo",
@@ -155,6 +156,8 @@ def test_a_source_tells_how_often_it_was_first_and_by_how_much(status: StatusBlo
         "connects": 2,
         "failures": 1,
         "skipped_messages": 5,
+        "lost_messages": 0,
+        "silent_seconds": None,
         "bytes_received": 2**40,
         "last_error": "connection reset",
     }

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sprint.addresses import Address
 from sprint.deliveries.hello import MAX_HELLO, MAX_KEY, Hello, Refusal, read_hello, refusal_line, welcome_line
 from sprint.frames import Format
 from sprint.tiers import Tier
@@ -17,6 +18,10 @@ ACCEPTED = [
     (b'{"format":"binary"}\n', Hello(format=Format.BINARY)),
     (b'{"key":"abc","since":1}', Hello("abc", 1)),
     (b'{"since":18446744073709551615}', Hello(None, (1 << 64) - 1)),
+    (b'{"udp":":9"}', Hello(udp=Address("", 9))),
+    (b'{"udp":"127.0.0.1:9"}', Hello(udp=Address("127.0.0.1", 9))),
+    (b'{"udp":"[2001:DB8::1]:9"}', Hello(udp=Address("2001:db8::1", 9))),
+    (b'{"udp":"[::ffff:192.0.2.1]:9"}', Hello(udp=Address("192.0.2.1", 9))),
     (b'{"key":null,"since":null,"format":null,"udp":null}', Hello()),
 ]
 
@@ -47,7 +52,19 @@ REFUSED = [
     (b'{"key":"\\ud800"}', "key"),
     (b'{"key":"a\\u0000"}', "key"),
     (b'{"key":"' + b"k" * (MAX_KEY + 1) + b'"}', "key"),
-    (b'{"udp":"127.0.0.1:9"}', "udp is not served"),
+    (b'{"udp":9}', "udp: expected"),
+    (b'{"udp":""}', "udp: expected"),
+    (b'{"udp":":0"}', "udp: expected"),
+    (b'{"udp":":65536"}', "udp: expected"),
+    (b'{"udp":"localhost:9"}', "udp: expected"),
+    (b'{"udp":"127.0.0.1"}', "udp: expected"),
+    (b'{"udp":"0.0.0.0:9"}', "udp: expected"),
+    (b'{"udp":"[::]:9"}', "udp: expected"),
+    (b'{"udp":"224.0.0.1:9"}', "udp: expected"),
+    (b'{"udp":"255.255.255.255:9"}', "udp: expected"),
+    (b'{"udp":"[ff02::1]:9"}', "udp: expected"),
+    (b'{"udp":"[fe80::1%eth0]:9"}', "udp: expected"),
+    (b'{"udp":":' + b"9" * 100 + b'"}', "udp: expected"),
     (b"{" + b" " * MAX_HELLO + b"}", "longer than 4096"),
 ]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprint.deliveries.stream import MAX_EXTRA
+from sprint.deliveries.requests import MAX_EXTRA
 from sprint.tiers import Tier
 from tests.unit.shm_host import (
     PATIENCE_S,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sprint.deliveries.gate import OpenGate
-from sprint.deliveries.stream import MAX_EXTRA, StreamDelivery
+from sprint.deliveries.requests import MAX_EXTRA
+from sprint.deliveries.stream import StreamDelivery
 from sprint.errors import HostError
 from sprint.events import Event, Lapped, Source, State
 from sprint.frames import FrameDecoder, Heartbeat
@@ -194,10 +195,9 @@ class Recorder:
 
 def record_sends(server: Server, log: list[str]) -> None:
     """Names are the tier's label and the number within it, by age."""
-    for roster in server.delivery._rosters:
-        for number, subscriber in enumerate(roster):
-            name = f"{subscriber.tier.label}{number}"
-            subscriber.sock = Recorder(subscriber, name, log)  # type: ignore[assignment] # it only has to send
+    for subscriber in server.delivery._rosters:
+        name = f"{subscriber.tier.label}{subscriber.place}"
+        subscriber.sock = Recorder(subscriber, name, log)  # type: ignore[assignment] # it only has to send
 
 
 def test_a_subscriber_is_welcomed_and_gets_each_record_as_it_is_published() -> None:
@@ -627,7 +627,7 @@ def test_of_1000_subscribers_ten_stall_and_every_other_gets_every_block_in_order
                 tracemalloc.stop()
             await asyncio.gather(*counting)
             ended = {tier: server.ended(tier) for tier in Tier}
-            waiting = sum(subscriber.backlog for roster in server.delivery._rosters for subscriber in roster)
+            waiting = sum(subscriber.backlog for subscriber in server.delivery._rosters)
             assert sum(sum(ends.values()) for ends in ended.values()) + waiting == blocks * 1000
             lost = [ends["dropped"] + ends["overwritten"] for ends in ended.values()]
             assert min(lost) > blocks // 3  # two stalled in each tier, after a buffer full

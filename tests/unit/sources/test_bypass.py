@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from sprint.events import PeerGone, Source
-from sprint.sources.bypass import ASK, LOOK_NS, BypassSource
+from sprint.sources.bypass import LOOK_NS, BypassSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +103,7 @@ def is_closed(reading: int) -> bool:
 
 
 def test_it_asks_at_once_and_says_nothing_until_something_is_handed_over(scene: _Scene) -> None:
-    assert scene.theirs.recv(16) == ASK
+    assert scene.theirs.recv(16) == b"capture?"
     assert scene.poll() == []
     assert scene.source.deadline() is None
 
@@ -164,6 +164,18 @@ def test_the_bypass_s_end_ends_the_capture(scene: _Scene) -> None:
     assert scene.captures[0].closed
     assert is_closed(reading)
     assert scene.source.deadline() is None
+    os.close(reading)
+
+
+def test_a_new_holder_of_the_programs_ends_the_capture_and_is_asked_again(scene: _Scene) -> None:
+    assert scene.theirs.recv(16) == b"capture?"
+    reading = scene.hand_over(interface="x0")
+    scene.poll()
+    scene.theirs.send(b'{"started": true}')
+    scene.poll()
+    assert scene.captures[0].closed
+    assert is_closed(reading)
+    assert scene.theirs.recv(16) == b"capture?"
     os.close(reading)
 
 

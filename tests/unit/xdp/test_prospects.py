@@ -9,7 +9,7 @@ import pytest
 
 from xdp.interfaces import AttachedXdp, Interface
 from xdp.netdev import XdpFeature
-from xdp.prospects import Surroundings, _offloads_controlled, judge
+from xdp.prospects import Surroundings, judge, virtio_features
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +35,7 @@ VETH = replace(NIC, name="veth0", kind="veth", driver="veth", rx_queues=1, tx_qu
 PEER = replace(VETH, index=3, name="veth1", peer_index=2)
 CAN = XdpFeature.BASIC | XdpFeature.REDIRECT
 NOTHING = XdpFeature(0)
+CONTROLLED, CSUM, TSO4 = 1 << 2, 1 << 1, 1 << 7  # virtio's feature bits
 
 
 @pytest.mark.parametrize(
@@ -53,16 +54,17 @@ NOTHING = XdpFeature(0)
         (replace(NIC, driver="mlx5_core", mtu=9000), Surroundings(CAN), "generic", "MTU 9000"),
         (replace(NIC, driver="ena"), Surroundings(CAN), "native", ""),
         (replace(NIC, driver="ena", rx_queues=5), Surroundings(CAN), "generic", "5 of 8 queues"),
-        (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, True), "native", ""),
+        (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, CONTROLLED | TSO4), "native", ""),
         (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, None), "native", ""),
-        (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, False), "generic", "GRO_HW"),
-        (replace(NIC, driver="virtio_net"), Surroundings(CAN, None, False), "native", ""),
+        (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, TSO4), "generic", "GRO_HW"),
+        (replace(NIC, driver="virtio_net"), Surroundings(CAN, None, 0), "native", ""),
         (replace(NIC, kind="vlan", driver="802.1Q VLAN Support"), Surroundings(NOTHING), "generic", "a vlan has no"),
         (replace(NIC, loopback=True), Surroundings(CAN), None, "loopback"),
         (VETH, Surroundings(CAN, PEER), "native", ""),
         (VETH, Surroundings(CAN, replace(PEER, mtu=3507)), "generic", "MTU 3507 of veth1"),
         (replace(VETH, mtu=9000), Surroundings(CAN, PEER), "native", ""),  # what counts is what the peer may send
         (VETH, Surroundings(NOTHING, replace(PEER, tx_queues=2)), "generic", "fewer than the 2 that veth1"),
+        (VETH, Surroundings(None, replace(PEER, tx_queues=2)), "generic", "fewer than the 2 that veth1"),
         (replace(NIC, xdp=(AttachedXdp("native", 7, "lb", ()),)), Surroundings(CAN), None, "never replaced"),
     ],
 )
@@ -87,7 +89,7 @@ def test_a_forecast_says_what_it_rests_on() -> None:
         (NIC, Surroundings(CAN), []),
         (replace(NIC, lro=True), Surroundings(CAN), ["ethtool -K enp3s0 lro off"]),
         (replace(NIC, gro_hw=True), Surroundings(CAN), ["ethtool -K enp3s0 rx-gro-hw off"]),
-        (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, True), []),
+        (replace(NIC, driver="virtio_net", gro_hw=True), Surroundings(CAN, None, CONTROLLED | CSUM), []),
         (VETH, Surroundings(CAN, PEER), []),
         (VETH, Surroundings(CAN), ["there: an MTU of 3506 at most, and no more queues than here"]),
     ],
@@ -105,11 +107,15 @@ def test_the_way_to_take_off_a_foreign_program_is_that_of_its_mode(mode: str, wo
     assert taken.remedy.endswith(f"ip link set dev enp3s0 {word} off")
 
 
-@pytest.mark.parametrize(("bits", "controlled"), [("111000", True), ("110111", False), ("11", None), (None, None)])
-def test_virtios_third_feature_bit_lets_the_guest_switch_offloads(
-    tmp_path: Path, bits: str | None, controlled: bool | None
-) -> None:
-    if bits is not None:
+def test_checksums_that_the_host_leaves_unfinished_are_a_doubt() -> None:
+    prospect = judge(replace(NIC, driver="virtio_net"), Surroundings(CAN, None, CSUM))
+    assert (prospect.mode, len(prospect.doubts)) == ("native", 1)
+    assert "guest_csum=off" in prospect.doubts[0].remedy
+
+
+@pytest.mark.parametrize(("written", "bits"), [("111000", 7), ("0001", 8), ("x", None), ("", None), (None, None)])
+def test_virtios_feature_bits_are_read_from_the_first_on(tmp_path: Path, written: str | None, bits: int | None) -> None:
+    if written is not None:
         (tmp_path / "eth0/device").mkdir(parents=True)
-        (tmp_path / "eth0/device/features").write_text(f"{bits}\n")
-    assert _offloads_controlled("eth0", tmp_path) is controlled
+        (tmp_path / "eth0/device/features").write_text(f"{written}\n")
+    assert virtio_features("eth0", tmp_path) == bits

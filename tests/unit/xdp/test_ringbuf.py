@@ -92,6 +92,22 @@ def test_every_record_comes_once_in_order_and_whole_in_any_rhythm(start: int, st
     assert kernel.free == kernel.size
 
 
+def test_a_peek_tells_where_the_records_are_and_holds_them_until_the_release() -> None:
+    kernel = Kernel(64)
+    reader = kernel.reader()
+    for round_ in range(5):
+        for payload, bits in ((b"8 bytes.", 0), (b"not this", DISCARD), (b"and this one", 0)):
+            record = kernel.reserve(len(payload))
+            assert record is not None, round_
+            kernel.commit(record, payload, bits)
+        assert [bytes(reader.data[start:end]) for start, end in reader.peek()] == [b"8 bytes.", b"and this one"]
+        assert reader.peek() == []
+        assert kernel.free == 8
+        reader.release()
+        assert kernel.free == 64
+    assert (reader.records, reader.discarded) == (10, 5)
+
+
 def test_a_busy_record_holds_up_those_after_it() -> None:
     kernel = Kernel(256)
     reader = kernel.reader()

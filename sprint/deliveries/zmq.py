@@ -1,0 +1,243 @@
+"""Delivery zmq: publishes as Bitcoin Core does, so that a program that reads Core's ZMQ reads ours unchanged.
+
+Topics are Core's: `hashblock` and `rawblock` for each new tip, `sequence` with C and D for each block that the tip took
+or left, and what only a node can tell, `hashtx`, `rawtx` and the mempool's part of `sequence`, passed through from the
+operator's. `sprint` is a topic of our own: every record of the ring. Order is Core's: D from the old tip down, C up to
+the new one, then hashblock, then rawblock, as soon as the whole block is at hand; one that can't be had within half a
+minute leaves a gap in its counter, which is how a subscriber learns of any loss.
+
+Nobody waits for a subscriber: libzmq queues 1,000 messages for each, as Core's does, and drops more. Knows neither
+relay nor engine. Not thread-safe: start(), publish() and close() belong on the loop's thread, in one process.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import zmq
+
+from sprint import zmq_sockets
+from sprint.deliveries.accounts import TierLedger
+from sprint.deliveries.session import latency_origin_ns
+from sprint.deliveries.zmq_tip import NodeTip
+from sprint.errors import HostError
+from sprint.events import Event, Lapped
+from sprint.histograms import Histogram
+from sprint.record import decode
+from sprint.ring import RingReader
+from sprint.tiers import NS_PER_S, PROFILES, Tier
+from sprint.zmq_wire import (
+    CONNECTED,
+    DISCONNECTED,
+    HASHBLOCK,
+    PASSED_THROUGH,
+    RAWBLOCK,
+    SEQUENCE,
+    SPRINT,
+    TopicCounters,
+    hash_body,
+    is_sound,
+    sequence_body,
+    wanted_topics,
+)
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from sprint.addresses import Address
+    from sprint.blocks import BlockStore
+    from sprint.deliveries.zmq_tip import TipChange
+    from sprint.record import Record
+    from sprint.ring import Ring
+    from sprint.status import Delivery
+
+RAWBLOCK_WAIT_NS: Final = 30 * NS_PER_S
+MAX_AWAITED: Final = 64
+"""rawblocks that wait for their block."""
+REPEAT_S: Final = 1.0
+"""A successor says the tip once more after this, when subscribers have come back (libzmq tries every 100 ms)."""
+BACKLOG: Final = 128
+TOPICS: Final = (HASHBLOCK, RAWBLOCK, *PASSED_THROUGH, SPRINT)
+
+
+class ZmqDelivery:
+    """Publishes one ring."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        accounts: Delivery,
+        *,
+        proof: Event,
+        tier: Tier,
+        store: BlockStore,
+        write_deadline_ns: int | None = None,
+        on_wanted: Callable[[set[bytes]], None] = lambda _topics: None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """`proof` is the event upon which a block may be the tip: VALIDATED, or PROVEN. `store` is looked into for
+        rawblock. `on_wanted` is told which of PASSED_THROUGH somebody has subscribed to, whenever that changes.
+        """
+        profile = PROFILES[tier]
+        deadline_ns = profile.write_deadline_ns if write_deadline_ns is None else write_deadline_ns
+        self._reader = RingReader(ring, ring.oldest)
+        self._accounts = accounts
+        self._proof = proof
+        self._ledger = TierLedger(accounts.tiers[tier], profile, deadline_ns)
+        self._processing = Histogram(accounts.processing)
+        self._store = store
+        self._on_wanted = on_wanted
+        self._clock = clock
+        self._counters = TopicCounters()
+        self._tip = NodeTip()
+        self._awaited: deque[tuple[bytes, int]] = deque()
+        self._prefixes: set[bytes] = set()
+        self._connections: set[int] = set()
+        self._context: zmq_sockets.Context | None = None
+        self._pub: zmq_sockets.Socket
+        self._monitor: zmq_sockets.Socket
+        self._loop: asyncio.AbstractEventLoop
+
+    @staticmethod
+    def listen(bind: Address) -> socket.socket:
+        """A listening socket for start(). Raises HostError, naming ZMQ_BIND and the reason, when there can't be one."""
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                bind.host, bind.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, kind, protocol)
+        except OSError as error:
+            raise HostError(f"ZMQ_BIND={bind}: {error.strerror or error}") from None
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            raise HostError(f"ZMQ_BIND={bind}: {error.strerror or error}") from None
+        return listener
+
+    def start(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+        """Publish to whoever connects to `listener`, of which a duplicate is taken: the original stays open.
+
+        What the ring holds already was published by a predecessor, or was nobody's news; only the tip is said again.
+        """
+        self._loop = loop
+        self._context = zmq_sockets.new_context()
+        self._pub, self._monitor = zmq_sockets.publisher(self._context, listener.dup())
+        while (item := self._reader.read()) is not None:
+            if not isinstance(item, Lapped):
+                self._follow(decode(item))
+        self._ledger.accounts.subscribers = 0
+        for one in (self._pub, self._monitor):
+            loop.add_reader(zmq_sockets.descriptor(one), self._look)
+        if self._tip.hash is not None:
+            loop.call_later(REPEAT_S, self._repeat_tip)
+        loop.call_soon(self._look)
+
+    def close(self) -> None:
+        """Stop publishing; what libzmq has not sent yet is dropped."""
+        if self._context is None:
+            return
+        for one in (self._pub, self._monitor):
+            self._loop.remove_reader(zmq_sockets.descriptor(one))
+        zmq_sockets.close(self._pub, self._monitor)
+        self._context.term()
+        self._context = None
+
+    def publish(self) -> None:
+        """The ring has grown: publish what is new."""
+        if self._context is None:
+            return
+        began_ns = self._clock()
+        while (item := self._reader.read()) is not None:
+            if isinstance(item, Lapped):
+                self._counters.leave_out(SPRINT, item.lost)
+                continue
+            started_ns = self._clock()
+            record = decode(item)
+            change = self._follow(record)
+            if change is not None:
+                self._tell(change)
+            self._send(SPRINT, item)
+            if self._connections:
+                self._ledger.delivered(started_ns, self._clock(), latency_origin_ns(item))
+        self._loop.call_soon(self._look)  # a send may have swallowed what the descriptors would tell
+        self._processing.record(self._clock() - began_ns)
+
+    def block_arrived(self) -> None:
+        """The store has one block more: the rawblocks that waited for it go out, in the order of their hashblocks."""
+        if self._context is None:
+            return
+        now_ns = self._clock()
+        while self._awaited:
+            block_hash, due_ns = self._awaited[0]
+            block = self._store.get(block_hash)
+            if block is not None:
+                self._send(RAWBLOCK, block.payload)
+            elif now_ns >= due_ns or len(self._awaited) > MAX_AWAITED:
+                self._counters.leave_out(RAWBLOCK, 1)
+            else:
+                return
+            self._awaited.popleft()
+
+    def pass_through(self, topic: bytes, body: bytes) -> None:
+        """Publish what the operator's node has said; anything that isn't as Core's, and a block's sequence, isn't."""
+        if self._context is not None and is_sound(topic, body):
+            self._send(topic, body)
+
+    def _follow(self, record: Record) -> TipChange | None:
+        self._tip.learn(record.hash, record.header, record.height)
+        return self._tip.advance(record.hash) if record.event is self._proof else None
+
+    def _tell(self, change: TipChange) -> None:
+        for block_hash in change.disconnected:
+            self._send(SEQUENCE, sequence_body(block_hash, DISCONNECTED))
+        for block_hash in change.connected:
+            self._send(SEQUENCE, sequence_body(block_hash, CONNECTED))
+        self._tell_tip(change.connected[-1])
+
+    def _tell_tip(self, tip: bytes) -> None:
+        self._send(HASHBLOCK, hash_body(tip))
+        self._awaited.append((tip, self._clock() + RAWBLOCK_WAIT_NS))
+        self.block_arrived()
+        if self._awaited:
+            self._loop.call_later(RAWBLOCK_WAIT_NS / NS_PER_S + 0.01, self.block_arrived)
+
+    def _repeat_tip(self) -> None:
+        if self._context is not None and self._tip.hash is not None:
+            self._tell_tip(self._tip.hash)
+
+    def _send(self, topic: bytes, body: bytes) -> None:
+        """One message; libzmq drops it for whoever is over the high-water mark, and takes it from us in any case."""
+        self._pub.send_multipart([topic, body, self._counters.take(topic)], zmq.NOBLOCK)
+        self._accounts.bytes_sent += (len(topic) + len(body) + 4) * len(self._connections)
+
+    def _look(self) -> None:
+        """What libzmq tells of subscribers: who comes and goes, and what is subscribed to."""
+        if self._context is None:
+            return
+        for event, descriptor in zmq_sockets.events_of(self._monitor):
+            if event == zmq_sockets.ACCEPTED:
+                self._accounts.accepted += 1
+                self._connections.add(descriptor)
+            elif descriptor in self._connections:
+                self._accounts.disconnected += 1
+                self._connections.discard(descriptor)
+        self._ledger.accounts.subscribers = len(self._connections)
+        before = wanted_topics(self._prefixes, PASSED_THROUGH)
+        while (said := zmq_sockets.subscription(self._pub)) is not None:
+            subscribes, prefix = said
+            if not wanted_topics([prefix], TOPICS):  # of nothing that we have: not worth remembering
+                continue
+            if subscribes:
+                self._prefixes.add(prefix)
+            else:
+                self._prefixes.discard(prefix)
+        after = wanted_topics(self._prefixes, PASSED_THROUGH)
+        if after != before:
+            self._on_wanted(after)
