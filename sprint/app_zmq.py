@@ -93,6 +93,8 @@ class ZmqDesk:
             loop.add_reader(self._fetcher.fileno(), self._fetch)
             loop.call_soon(self._fetch)
         self._delivery.start(loop, listener)
+        if self._fetcher is not None and self._delivery.tip is not None:  # the one before us had it, if anybody
+            self._fetcher.want(self._delivery.tip, self._announcer_of(self._delivery.tip))
 
     def publish(self) -> None:
         """The ring has grown: publish what is new, and fetch its blocks."""

@@ -97,10 +97,16 @@ class ZmqDelivery:
         self._awaited: deque[tuple[bytes, int]] = deque()
         self._prefixes: set[bytes] = set()
         self._connections: set[int] = set()
+        self._look_due = False
         self._context: zmq_sockets.Context | None = None
         self._pub: zmq_sockets.Socket
         self._monitor: zmq_sockets.Socket
         self._loop: asyncio.AbstractEventLoop
+
+    @property
+    def tip(self) -> bytes | None:
+        """The block of the last hashblock, wire order; None: there was none yet."""
+        return self._tip.hash
 
     @staticmethod
     def listen(bind: Address) -> socket.socket:
@@ -166,7 +172,6 @@ class ZmqDelivery:
             self._send(SPRINT, item)
             if self._connections:
                 self._ledger.delivered(started_ns, self._clock(), latency_origin_ns(item))
-        self._loop.call_soon(self._look)  # a send may have swallowed what the descriptors would tell
         self._processing.record(self._clock() - began_ns)
 
     def block_arrived(self) -> None:
@@ -215,10 +220,14 @@ class ZmqDelivery:
     def _send(self, topic: bytes, body: bytes) -> None:
         """One message; libzmq drops it for whoever is over the high-water mark, and takes it from us in any case."""
         self._pub.send_multipart([topic, body, self._counters.take(topic)], zmq.NOBLOCK)
+        if not self._look_due:  # a send may have swallowed what the descriptors would tell
+            self._look_due = True
+            self._loop.call_soon(self._look)
         self._accounts.bytes_sent += (len(topic) + len(body) + 4) * len(self._connections)
 
     def _look(self) -> None:
         """What libzmq tells of subscribers: who comes and goes, and what is subscribed to."""
+        self._look_due = False
         if self._context is None:
             return
         for event, descriptor in zmq_sockets.events_of(self._monitor):

@@ -19,6 +19,7 @@ from xdp.links import (
     OwnerState,
     clean,
     create_mirror,
+    create_parked,
     leftovers,
     mirror_link,
     ours,
@@ -94,6 +95,16 @@ def test_what_a_killed_process_left_is_found_and_removed_and_nothing_while_it_li
         assert clean() == []
         assert names() == {"lo", "nic", "wire", living.near, living.far}
         assert "clsact" not in qdiscs(nic.index)
+
+
+@needs_root
+def test_a_killed_fan_outs_parked_links_are_removed(space: Namespace) -> None:
+    living = create_parked()
+    dead = [create_parked(dead_owner()) for _ in range(3)]
+    assert {entry.name for entry in clean()} == {link.near for link in dead}
+    assert names() == {"lo", living.near, living.far}
+    living.delete()
+    assert names() == {"lo"}
 
 
 @needs_root

@@ -213,8 +213,9 @@ def test_messages_that_are_dropped_on_the_way_are_counted_and_no_block_is_missed
     assert sorted(stream.hashes("proven")) == sorted(mined), "each once"
     lost = {one.body for one in proxy.dropped if one.topic == "hashblock"}
     assert len(lost) >= 4
-    row = product.sources()[proxy.address]
-    assert row["lost_messages"] >= len(lost)
+    product.wait_for(
+        "sources", lambda _: product.sources()[proxy.address]["lost_messages"] == len(proxy.dropped), "the losses"
+    )
 
 
 def test_a_publisher_killed_and_started_again_is_heard_again_and_no_block_is_missed(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,122 +14,16 @@ from sprint.ingress import LAST_PAUSE_NS, MAX_REASONS, Ingress
 from sprint.settings import MAX_INTERFACES
 from sprint.status import BYPASS_SIZE, StatusBlock
 from sprint.tiers import NS_PER_S
-from xdp.attachment import AttachError
-from xdp.capture import Handover
-from xdp.interfaces import Interface, LinkChange, LinkState
-from xdp.links import MirrorLink
-from xdp.loader import LoadError
-from xdp.segments import Backend
+from tests.unit.paper_kernel import COUNTED, PaperKernel
+from xdp.interfaces import LinkChange, LinkState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-NIC = Interface(7, "", None, "igc", 1500, "", True, True, False, 1, 1, False, False, ())
-COUNTED = {"packets": 9, "announcements": 3, "mirrored": 2, "express": 3, "dropped": 0, "opaqueFlows": 0, "surplus": 5}
-
-
-@dataclass
-class _Hook:
-    interface: str
-    index: int
-    mode: str = "native"
-    reason: str | None = None
-    there: bool = True
-    works: bool = True
-    proofs: int = 0
-    closed: bool = False
-
-    def intact(self) -> bool:
-        return self.there
-
-    def prove(self) -> None:
-        self.proofs += 1
-        if not self.works:
-            raise OSError("the self-test packet did not come out")
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class _Kernel:
-    """Stands for the interfaces, the loader, the outlet and climb()."""
-
-    def __init__(self) -> None:
-        self.nics: dict[str, Interface] = {}
-        self.hooks: list[_Hook] = []
-        self.refusals: dict[str, str] = {}
-        """Interface → why nothing can be attached to it."""
-        self.rungs: dict[str, tuple[str, str | None]] = {}
-        self.load_error: str | None = None
-        self.outlet_error: str | None = None
-        self.mirror = MirrorLink("spr1-0a", 90, "spr1-0b", 91, 1500)
-        self.mirror_there = True
-        self.outlets = 0
-        self.climbs: list[str] = []
-        self.log: list[tuple[str, dict[str, Any]]] = []
-
-    def add(self, name: str, index: int, **facts: Any) -> None:
-        self.nics[name] = replace(NIC, name=name, index=index, **facts)
-
-    # as ingress calls them
-
-    def interface(self, name: str) -> Interface:
-        if name not in self.nics:
-            raise OSError(19, "No such device")
-        return self.nics[name]
-
-    def load(self, *_arguments: object, **_options: object) -> _Kernel:
-        if self.load_error:
-            raise LoadError(self.load_error)
-        return self
-
-    def make_outlet(self, *_arguments: object) -> _Kernel:
-        if self.outlet_error:
-            raise OSError(self.outlet_error)
-        self.outlets += 1
-        self.mirror_there = True
-        return self
-
-    def climb(self, _outlet: object, name: str) -> _Hook:
-        self.climbs.append(name)
-        if name in self.refusals:
-            raise AttachError(self.refusals[name])
-        self.hooks.append(_Hook(name, self.nics[name].index, *self.rungs.get(name, ())))
-        return self.hooks[-1]
-
-    # as the outlet and what was loaded
-
-    def intact(self) -> bool:
-        return self.mirror_there
-
-    def carries(self) -> bool:
-        return self.mirror_there
-
-    def count_from_here(self) -> None:
-        pass
-
-    def facts(self) -> Handover:
-        return Handover(frozenset(Backend), 3, 4, 5, self.outlets, {"packets": 1})
-
-    handover = facts
-
-    def counters(self) -> dict[str, int]:
-        return COUNTED
-
-    def close(self) -> None:
-        pass
-
-    # as the log
-
-    def info(self, event: str, **values: Any) -> None:
-        self.log.append((event, values))
-
-    warning = info
-
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
-    made = _Kernel()
+def kernel(monkeypatch: pytest.MonkeyPatch) -> PaperKernel:
+    made = PaperKernel()
     monkeypatch.setattr(ingress, "interface", made.interface)
     monkeypatch.setattr(ingress, "load", made.load)
     monkeypatch.setattr(ingress, "Outlet", made.make_outlet)
@@ -138,7 +31,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     return made
 
 
-def ingress_on(kernel: _Kernel, *names: str) -> Ingress:
+def ingress_on(kernel: PaperKernel, *names: str) -> Ingress:
     environ = {"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": ",".join(names)}
     return Ingress(load_config(environ), kernel)
 
@@ -153,7 +46,7 @@ def attached(holding: Ingress) -> list[tuple[str, str | None, bool, str | None]]
     return [(row["interface"], row["mode"], row["active"], row["reason"]) for row in rows]
 
 
-def test_all_are_attached_at_once_and_handed_over(kernel: _Kernel) -> None:
+def test_all_are_attached_at_once_and_handed_over(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     kernel.add("beta", 8)
     holding = ingress_on(kernel, "alpha", "beta")
@@ -170,7 +63,7 @@ def test_all_are_attached_at_once_and_handed_over(kernel: _Kernel) -> None:
     assert kernel.outlets == 1
 
 
-def test_the_mode_is_the_worst_of_those_that_are_active_and_the_reason_names_them(kernel: _Kernel) -> None:
+def test_the_mode_is_the_worst_of_those_that_are_active_and_the_reason_names_them(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     kernel.add("beta", 8)
     kernel.rungs["beta"] = ("tc", "native: Operation not supported; generic: Device or resource busy")
@@ -189,7 +82,9 @@ def test_the_mode_is_the_worst_of_those_that_are_active_and_the_reason_names_the
     ]
 
 
-def test_one_that_fails_is_tried_again_at_growing_pauses_told_once_and_keeps_no_other_waiting(kernel: _Kernel) -> None:
+def test_one_that_fails_is_tried_again_at_growing_pauses_told_once_and_keeps_no_other_waiting(
+    kernel: PaperKernel,
+) -> None:
     kernel.add("alpha", 7)
     kernel.add("beta", 8)
     kernel.refusals["alpha"] = "native: no; generic: no; tc: no"
@@ -206,7 +101,7 @@ def test_one_that_fails_is_tried_again_at_growing_pauses_told_once_and_keeps_no_
     assert LAST_PAUSE_NS == 60 * NS_PER_S
 
 
-def test_a_change_ends_the_pause_but_not_more_than_once_a_second(kernel: _Kernel) -> None:
+def test_a_change_ends_the_pause_but_not_more_than_once_a_second(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     kernel.refusals["alpha"] = "no"
     holding = ingress_on(kernel, "alpha")
@@ -225,7 +120,7 @@ def test_a_change_ends_the_pause_but_not_more_than_once_a_second(kernel: _Kernel
     assert len(kernel.climbs) == 6
 
 
-def test_what_cannot_be_loaded_is_the_reason_for_all_and_tried_again_at_growing_pauses(kernel: _Kernel) -> None:
+def test_what_cannot_be_loaded_is_the_reason_for_all_and_tried_again_at_growing_pauses(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     kernel.load_error = "bcc is not importable"
     holding = ingress_on(kernel, "alpha", "beta")
@@ -244,7 +139,7 @@ def test_what_cannot_be_loaded_is_the_reason_for_all_and_tried_again_at_growing_
     assert holding.said()["reason"] == "interface beta: No such device"
 
 
-def test_nothing_is_loaded_before_there_is_an_interface_that_is_up(kernel: _Kernel) -> None:
+def test_nothing_is_loaded_before_there_is_an_interface_that_is_up(kernel: PaperKernel) -> None:
     kernel.load_error = "not to be asked for"
     kernel.add("beta", 8, up=False, carrier=False)
     holding = ingress_on(kernel, "alpha", "beta")
@@ -253,7 +148,7 @@ def test_nothing_is_loaded_before_there_is_an_interface_that_is_up(kernel: _Kern
     assert not holding.said()["active"]
 
 
-def test_one_that_goes_down_stays_attached_is_told_and_proven_again_when_it_is_back(kernel: _Kernel) -> None:
+def test_one_that_goes_down_stays_attached_is_told_and_proven_again_when_it_is_back(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     kernel.add("beta", 8)
     holding = ingress_on(kernel, "alpha", "beta")
@@ -272,7 +167,7 @@ def test_one_that_goes_down_stays_attached_is_told_and_proven_again_when_it_is_b
     assert kernel.climbs == ["alpha", "beta"]
 
 
-def test_one_that_came_back_and_works_no_more_is_attached_anew(kernel: _Kernel) -> None:
+def test_one_that_came_back_and_works_no_more_is_attached_anew(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -287,7 +182,7 @@ def test_one_that_came_back_and_works_no_more_is_attached_anew(kernel: _Kernel) 
 
 @pytest.mark.parametrize("index", [7, 12])
 def test_one_that_is_deleted_and_made_again_is_attached_at_once_and_the_other_is_left_alone(
-    kernel: _Kernel, index: int
+    kernel: PaperKernel, index: int
 ) -> None:
     kernel.add("alpha", 7)
     kernel.add("beta", 8)
@@ -303,7 +198,7 @@ def test_one_that_is_deleted_and_made_again_is_attached_at_once_and_the_other_is
     assert holding.said()["interfaces"] == ["alpha", "beta"]
 
 
-def test_one_that_is_replaced_between_two_looks_is_attached_anew(kernel: _Kernel) -> None:
+def test_one_that_is_replaced_between_two_looks_is_attached_anew(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -311,7 +206,7 @@ def test_one_that_is_replaced_between_two_looks_is_attached_anew(kernel: _Kernel
     assert [hook.closed for hook in kernel.hooks] == [True, False]
 
 
-def test_one_that_is_renamed_is_let_go_until_there_is_one_of_that_name(kernel: _Kernel) -> None:
+def test_one_that_is_renamed_is_let_go_until_there_is_one_of_that_name(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -325,7 +220,7 @@ def test_one_that_is_renamed_is_let_go_until_there_is_one_of_that_name(kernel: _
     assert holding.said()["active"]
 
 
-def test_after_lost_news_everything_is_looked_at(kernel: _Kernel) -> None:
+def test_after_lost_news_everything_is_looked_at(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -334,7 +229,7 @@ def test_after_lost_news_everything_is_looked_at(kernel: _Kernel) -> None:
     assert [hook.index for hook in kernel.hooks] == [7, 12]
 
 
-def test_a_program_that_was_forced_off_is_put_back(kernel: _Kernel) -> None:
+def test_a_program_that_was_forced_off_is_put_back(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -344,7 +239,7 @@ def test_a_program_that_was_forced_off_is_put_back(kernel: _Kernel) -> None:
     assert holding.said()["active"]
 
 
-def test_on_a_lower_rung_another_mtu_is_a_reason_to_climb_again(kernel: _Kernel) -> None:
+def test_on_a_lower_rung_another_mtu_is_a_reason_to_climb_again(kernel: PaperKernel) -> None:
     kernel.rungs["alpha"] = ("generic", "native: Numerical result out of range")
     kernel.add("alpha", 7, mtu=9000)
     kernel.add("beta", 8, mtu=9000)
@@ -359,7 +254,7 @@ def test_on_a_lower_rung_another_mtu_is_a_reason_to_climb_again(kernel: _Kernel)
 
 
 @pytest.mark.parametrize("noticed", ["news", "look"])
-def test_without_the_mirror_all_is_made_anew_and_handed_over_again(kernel: _Kernel, noticed: str) -> None:
+def test_without_the_mirror_all_is_made_anew_and_handed_over_again(kernel: PaperKernel, noticed: str) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -374,7 +269,7 @@ def test_without_the_mirror_all_is_made_anew_and_handed_over_again(kernel: _Kern
     assert holding.said()["active"]
 
 
-def test_a_mirror_that_cannot_be_made_anew_is_told_to_whoever_has_it(kernel: _Kernel) -> None:
+def test_a_mirror_that_cannot_be_made_anew_is_told_to_whoever_has_it(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     holding = ingress_on(kernel, "alpha")
     holding.tend(0)
@@ -389,7 +284,7 @@ def test_a_mirror_that_cannot_be_made_anew_is_told_to_whoever_has_it(kernel: _Ke
     assert holding.said()["active"]
 
 
-def test_whatever_is_named_in_reasons_all_of_it_fits_into_the_status(kernel: _Kernel) -> None:
+def test_whatever_is_named_in_reasons_all_of_it_fits_into_the_status(kernel: PaperKernel) -> None:
     names = [f"quite-long-nic{number}" for number in range(MAX_INTERFACES)]
     for index, name in enumerate(names):
         kernel.add(name, index)

@@ -20,6 +20,8 @@ from tests.unit.deliveries.udp_stage import PATIENCE_S, Stage, until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from typing_extensions import Self
+
 MANY = 1_000
 RECORDS = 30
 LOSS = 0.01
@@ -99,7 +101,7 @@ class Swarm:
             for sock in (client.tcp, client.udp):
                 self._poll.register(sock, select.EPOLLIN)
 
-    def __enter__(self) -> Swarm:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,7 @@ payloads = st.binary(min_size=1, max_size=256)
 def ones_complement(data: bytes) -> int:
     """RFC 1071, word by word; 0xFFFF over data with its right checksum in it."""
     data += b"\0" * (len(data) & 1)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xdp.pacing import Pacing, pace, slowest
+from xdp.fanout_table import Pacing
+from xdp.pacing import pace, slowest
 from xdp.routing import ATTRIBUTE, HEADER, NEIGHBOUR, attributes, mac_of, messages
 
 

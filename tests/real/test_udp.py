@@ -1,0 +1,117 @@
+"""The UDP feed of the real product: a bcoin node mines, and whatever is killed, its subscribers miss nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sprint.client import events
+from sprint.events import Lapped
+from sprint.frames import UdpChange
+from sprint.record import Record
+from tests.real.children import QUIET, all_processes, kill_and_await, processes
+from tests.real.product import Product
+from tests.real.subscribers import EventLog, JsonStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.real.bcoin import BcoinNode
+    from tests.real.product import Event
+
+
+class UdpStream(EventLog):
+    """A subscriber by sprint.client and UDP; changes of the way are events too."""
+
+    def __init__(self, address: str, key: str) -> None:
+        super().__init__(self._told(address, key))
+
+    def _told(self, address: str, key: str) -> Iterator[Event]:
+        for item in events(address, key=key, udp=True):
+            if isinstance(item, Record):
+                yield item.as_dict()
+            elif isinstance(item, UdpChange):
+                yield {"event": "udp", "state": item.state.name.lower(), "reason": item.reason.name.lower()}
+            elif isinstance(item, Lapped):
+                yield {"event": "lost", "first": item.first}
+
+    def wait_until_active(self, times: int = 1) -> None:
+        self.wait_until(
+            lambda told: sum(one["event"] == "udp" and one["state"] == "active" for one in told) >= times,
+            f"UDP active, {times} times",
+        )
+
+
+def udp_row(product: Product, tier: str) -> dict[str, Any]:
+    rows = {row["name"]: row for row in product.ask("deliveries")["deliveries"]}
+    account: dict[str, Any] = rows["udp"]["tiers"][tier]
+    return account
+
+
+def assert_whole(log: UdpStream, mined: list[str]) -> None:
+    """Everything once; what was repaired may have come late."""
+    assert sorted(log.hashes("proven")) == sorted(mined)
+    sequences = [one["seq"] for one in log.events if "seq" in one]
+    assert sorted(sequences) == list(range(min(sequences), max(sequences) + 1))
+    assert log.of("lost") == []
+
+
+def test_udp_subscribers_miss_nothing_whatever_is_killed(bcoin: BcoinNode, tmp_path: Path) -> None:
+    bcoin.mine(5)
+    with Product(tmp_path, bcoin.p2p_address, **QUIET, DELIVERY_WORKERS="1") as product:
+        product.wait_until_healthy()
+        all_processes(product)
+        logs = [UdpStream(product.stream, product.key) for _ in range(3)]
+        for log in logs:
+            log.wait_until_active()
+        mined = bcoin.mine(3)
+        for log in logs:
+            log.wait_for_hashes("validated", mined)
+        assert udp_row(product, "turbo")["subscribers"] == 3
+        assert sum(udp_row(product, "turbo")[name] for name in ("on_time", "late")) >= 3 * 3
+        active = 1
+        for victim in ("udp", "stream-0", "relay", "udp"):
+            if victim == "udp":
+                # It hears nothing any more and is dead before it could: what is published meanwhile goes nowhere.
+                os.kill(processes(product)["udp"], signal.SIGSTOP)
+                mined += bcoin.mine(1)
+            kill_and_await(product, victim)
+            mined += bcoin.mine(1)
+            active += victim != "relay"  # which nobody has to prove anything to
+            for log in logs:
+                log.wait_for_hashes("validated", mined)
+                log.wait_until_active(active)
+        for log in logs:
+            assert_whole(log, mined)
+            assert log.ended is None
+        assert udp_row(product, "turbo")["subscribers"] == 3
+        assert product.stop() == 0
+
+
+def test_the_standard_engine_serves_udp_too(bcoin: BcoinNode, tmp_path: Path) -> None:
+    bcoin.mine(5)
+    with Product(tmp_path, bcoin.p2p_address, USE_SHARED_MEMORY="false") as product:
+        assert product.wait_until_healthy()["engine"] == "standard"
+        log = UdpStream(product.stream, product.key)
+        log.wait_until_active()
+        mined = bcoin.mine(3)
+        log.wait_for_hashes("validated", mined)
+        assert_whole(log, mined)
+        assert udp_row(product, "turbo")["subscribers"] == 1
+        with JsonStream(product.stream, b'{"format":"json","udp":":9"}\n') as keyless:
+            assert "tier free has none" in keyless.answer["error"]
+        assert product.stop() == 0
+
+
+@pytest.mark.parametrize("tier", ["free", "business"])
+def test_lower_tiers_have_no_udp_socket(bcoin: BcoinNode, tmp_path: Path, tier: str) -> None:
+    with Product(tmp_path, bcoin.p2p_address, tier=tier) as product:
+        listening = next(line for line in product.log if '"Listening"' in line)
+        assert '"udp"' not in listening
+        with JsonStream(product.stream, b'{"format":"json","udp":":9"}\n') as asking:
+            assert asking.answer == {"error": "udp is not served here: subscribe without it"}
+        assert product.stop() == 0
