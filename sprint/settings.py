@@ -228,6 +228,11 @@ class Settings(BaseModel):
     stream_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
         Address("127.0.0.1", 8434), description="Where stream subscribers connect.", examples=["127.0.0.1:8434"]
     )
+    udp_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
+        Address("127.0.0.1", 8436),
+        description="Where UDP records come from, on turbo and enterprise.",
+        examples=["127.0.0.1:8436"],
+    )
     zmq_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
         Address("127.0.0.1", 28434),
         description="Where Sprint publishes by ZMQ what Bitcoin Core publishes.",
@@ -241,11 +246,6 @@ class Settings(BaseModel):
     )
     connections_per_address: Annotated[int, BeforeValidator(_connections)] = Field(
         1024, description="How many stream connections one address (of IPv6, one /64) may have.", examples=["1024"]
-    )
-    udp_bind: Annotated[Address, BeforeValidator(_bind)] = Field(
-        Address("127.0.0.1", 8436),
-        description="Where UDP records come from, on turbo and enterprise.",
-        examples=["127.0.0.1:8436"],
     )
     delivery_workers: Annotated[int, BeforeValidator(_workers)] | None = Field(
         None,

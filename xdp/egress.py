@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from xdp.datagrams import NextHop, udp_headers
-from xdp.fanout_maps import SUBSCRIBERS, FanoutHandover, Rank, Sender, Step
+from xdp.fanout_maps import RUN_CPUS, SUBSCRIBERS, FanoutHandover, Rank, Sender, Step
 from xdp.fanout_run import FanoutRun
 from xdp.fanout_table import FanoutTable, TableFullError
 from xdp.neighbours import NextHops
 from xdp.netdev import XdpFeature, xdp_features
-from xdp.pacing import pacing, slowest
+from xdp.pacing import pacing, slowest, tx_queues
 from xdp.transmit import Transmitter
 
 if TYPE_CHECKING:
@@ -161,6 +161,8 @@ class Egress:
         """Why somebody is on a lower rung than the first; None if nobody is known to be."""
         if self._table is None:
             return "no fan-out is loaded"
+        if self._table.step(Sender.RELAY) is None:
+            return "the relay makes no runs"
         if not self._relay_is_live():
             return "the relay's live frames have failed repeatedly"
         told = [f"{_name(index)}: {i.reason}" for index, i in self._interfaces.items() if i.reason]
@@ -375,11 +377,14 @@ class Egress:
     def _pace(self) -> None:
         if self._table is None:
             return
-        paces = []
+        paces, narrow = [], False
         for ifindex in self._interfaces:
             with contextlib.suppress(OSError):
-                paces.append(pacing(socket.if_indextoname(ifindex)))
+                name = socket.if_indextoname(ifindex)
+                paces.append(pacing(name))
+                narrow |= tx_queues(name) < RUN_CPUS
         self._table.pace(slowest(paces))
+        self._table.narrow(narrow)
 
     def _close_frames(self) -> None:
         for frames in self._frames.values():

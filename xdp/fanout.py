@@ -22,6 +22,7 @@ from xdp import kernel
 from xdp.fanout_maps import MAPS, RUNS, FanoutHandover
 from xdp.links import create_parked
 from xdp.loader import TIMEOUT_S, load_in_child
+from xdp.rings import require_strong_order
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -71,8 +72,10 @@ class Fanout:
 def open_fanout(timeout_s: float = TIMEOUT_S) -> Fanout:
     """Load fanout.c and park it, in the calling thread's network namespace, where the senders must be as well.
 
-    Takes seconds (a compiler runs, in a child). Raises LoadError, and OSError, its message naming the step.
+    Takes seconds (a compiler runs, in a child). Raises LoadError, OSError, its message naming the step, and
+    UnsupportedMachineError where memory shared with a program needs fences (see rings).
     """
+    require_strong_order()
     with contextlib.ExitStack() as undo:
         pairs = []
         for _ in range(_PAIRS):

@@ -78,7 +78,7 @@ class Lane:
         self._call_at = ctypes.addressof(self._attributes)
         self._size = 0
         self.error = 0
-        self._words[_STEP] = 0
+        self.say_step(None)
         self.unpin()
 
     def pin(self, version: int) -> None:
@@ -89,9 +89,9 @@ class Lane:
         """Let go of it."""
         self._longs[_PINNED] = 0
 
-    def say_step(self, step: Step) -> None:
-        """For others to read."""
-        self._words[_STEP] = step
+    def say_step(self, step: Step | None) -> None:
+        """For others to read; None: nobody sends by it."""
+        self._words[_STEP] = 0 if step is None else 1 + step
 
     def prepare(
         self,
@@ -150,6 +150,7 @@ class Lane:
 
     def close(self) -> None:
         """Before the memory is unmapped."""
+        self.say_step(None)
         self.unpin()
         for view in (self._words, self._longs, self._payload):
             view.release()

@@ -41,7 +41,7 @@ _SNAPSHOT = EGRESS.layouts["snapshot"]
 _SNAPSHOT_WORDS = _SNAPSHOT.size // 4
 _SNAPSHOT_COUNT, _SNAPSHOT_FIRST, _SNAPSHOT_IPV6 = (word("snapshot", name) for name in ("count", "first", "with_ipv6"))
 _VERSION, _GAP = long("directory", "version"), long("directory", "gap_ps")
-_BURST, _PROOFS = word("directory", "burst"), word("directory", "proofs")
+_BURST, _PROOFS, _NARROW = (word("directory", name) for name in ("burst", "proofs", "narrow"))
 _PROBE_PAYLOAD = b"bitcoin-sprint: can this interface send?"
 _ENOTSUPP = 524
 _HOPELESS = {errno.EINVAL, errno.ENODEV, errno.EBADF, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, _ENOTSUPP}
@@ -78,8 +78,9 @@ class FanoutRun:
     def __init__(self, handover: FanoutHandover, sender: Sender, *, cpus: tuple[int, ...] = ()) -> None:
         """Map the shared memory.
 
-        `cpus` names a second CPU, which sends half of each order at the same time from a thread of its own; worth it
-        where interfaces have a queue for each. Raises OSError.
+        `cpus` names a second CPU, which sends half of each order at the same time from a thread of its own, as long as
+        the table's owner doesn't say that an interface has one queue only. The caller's own thread should be pinned to
+        another. Raises OSError.
         """
         if len(cpus) >= RUN_CPUS:
             raise ValueError(f"cpus={cpus}: at most {RUN_CPUS - 1} beside the caller's is expected")
@@ -108,6 +109,7 @@ class FanoutRun:
             if self._helper is not None:
                 undo.callback(self._helper.close)
             self._undo = undo.pop_all()
+        self.restore()
 
     def send(self, payload: bytes | memoryview) -> RunReport:
         """To every subscriber of the table as it stands now, the first rank first; nothing once stepped down.
@@ -135,7 +137,7 @@ class FanoutRun:
                 return RunReport(0, 0, 0, started, 0, 0, started, 0)
             burst, gap = self._directory.words[_BURST], self._directory.longs[_GAP]
             place = number * SUBSCRIBERS
-            if self._helper is None or count < 2 * BATCH:
+            if self._helper is None or count < 2 * BATCH or self._directory.words[_NARROW]:
                 lane.prepare(payload, place=place, stride=1, count=count, first=first, ipv6=ipv6)
                 lane.run(burst, gap)
                 results = [lane.result()]

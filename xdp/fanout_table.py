@@ -226,9 +226,14 @@ class FanoutTable:
         gap = round(pacing.gap_ns * 1000) if pacing else 0
         self._directory.longs[long("directory", "gap_ps")] = gap
 
-    def step(self, sender: Sender) -> Step:
-        """Where a sender stands on the ladder, as it has said itself."""
-        return Step(self._runs.words[sender * RUN_CPUS * _RUN_WORDS + _STEP])
+    def narrow(self, yes: bool) -> None:
+        """Whether some interface has one TX queue only: then no sender uses a second CPU, which would cost frames."""
+        self._directory.words[word("directory", "narrow")] = int(yes)
+
+    def step(self, sender: Sender) -> Step | None:
+        """Where a sender stands on the ladder, as it has said itself; None while there is none."""
+        said = self._runs.words[sender * RUN_CPUS * _RUN_WORDS + _STEP]
+        return Step(said - 1) if said else None
 
     def vouch(self) -> None:
         """All interfaces have been proven: senders that stepped down try again with their next publication."""

@@ -1,4 +1,4 @@
-"""How fast frames may follow each other on an interface: link speed and ring depth of hardware, by ethtool's ioctl.
+"""How fast frames may follow each other on an interface: link speed, ring depth and queues, by ethtool's ioctl.
 
 A driver's TX ring takes a burst at once and then no more than the wire carries; what is sent beyond that is dropped by
 the driver, uncounted by most. Virtual links have no wire, and need no pace.
@@ -16,7 +16,7 @@ from xdp.fanout_maps import BATCH, PAYLOAD_LIMIT
 from xdp.fanout_table import Pacing
 
 _SIOCETHTOOL = 0x8946
-_GSET, _GDRVINFO, _GRINGPARAM = 0x01, 0x03, 0x10
+_GSET, _GDRVINFO, _GRINGPARAM, _GCHANNELS = 0x01, 0x03, 0x10, 0x3C
 _UNKNOWN_SPEEDS = {0, 0xFFFF, 0xFFFFFFFF}
 ASSUMED_MBITS = 10_000
 """Where a device doesn't tell (virtual machines' don't): of the slowest that such hosts have today."""
@@ -37,6 +37,12 @@ def pacing(name: str) -> Pacing | None:
     rings = _ethtool(name, struct.pack("=I32x", _GRINGPARAM))
     depth = struct.unpack_from("=32xI", rings)[0] if rings else 0
     return pace(ASSUMED_MBITS if speed in _UNKNOWN_SPEEDS else speed, depth or ASSUMED_RING)
+
+
+def tx_queues(name: str) -> int:
+    """In use on an interface; 1 where its driver doesn't tell. Raises OSError if there is none of that name."""
+    channels = _ethtool(name, struct.pack("=I32x", _GCHANNELS))
+    return max(sum(struct.unpack_from("=24xI4xI", channels)), 1) if channels else 1
 
 
 def pace(mbits: int, ring: int) -> Pacing:

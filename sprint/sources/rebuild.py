@@ -60,7 +60,11 @@ class RebuildSource:
         heard: list[Heard] = []
         with suppress(BlockingIOError):
             while len(heard) < _MESSAGES_A_TURN:
-                heard.append(BlockRebuilt(*_MESSAGE.unpack(self._socket.recv(_MESSAGE.size))))
+                said = self._socket.recv(_MESSAGE.size)
+                if not said:  # nobody holds the other end any longer: there is nothing to wait for
+                    self._epoll.unregister(self._socket)
+                    break
+                heard.append(BlockRebuilt(*_MESSAGE.unpack(said)))
         return heard
 
     def deadline(self) -> int | None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from sprint.addresses import Address
 
-MESSAGES_A_TURN: Final = 256
-"""Then the loop has its turn: blocks come by it."""
+MESSAGES_A_TURN: Final = 64
+"""Then the loop has its turn, after about a millisecond: blocks come by it."""
 MAX_TOPIC: Final = 16
 
 

@@ -15,7 +15,7 @@ from tests.net.subscribers import SOURCE_PORT, Cable, Collector, read, switch_gr
 from xdp import egress as egress_module
 from xdp.datagrams import packed
 from xdp.egress import RETRY_NS, Egress
-from xdp.fanout_maps import FanoutHandover, Rank, Sender, Step
+from xdp.fanout_maps import EGRESS, FanoutHandover, Rank, Sender, Step
 from xdp.fanout_run import SHORT_RUNS, FanoutRun
 
 if TYPE_CHECKING:
@@ -41,7 +41,13 @@ def lan(launch: Namespace, far: Namespace) -> Iterator[Cable]:
 
 
 @pytest.fixture
-def egress(fanout: Fanout, lan: Cable) -> Iterator[Egress]:
+def relay(fanout: Fanout) -> Iterator[FanoutRun]:
+    with FanoutRun(fanout.handover(), Sender.RELAY) as made:
+        yield made
+
+
+@pytest.fixture
+def egress(fanout: Fanout, relay: FanoutRun, lan: Cable) -> Iterator[Egress]:
     with Egress(fanout.handover(), SOURCE_PORT) as made:
         yield made
 
@@ -87,11 +93,13 @@ DUE = [(address, 5000 + number) for number, address in enumerate(PEOPLE)]
 
 
 def test_whoever_can_be_is_served_by_live_frames_and_gets_each_publication(
-    fanout: Fanout, egress: Egress, lan: Cable
+    relay: FanoutRun, egress: Egress, lan: Cable
 ) -> None:
     all_join(egress)
     assert (egress.step, egress.reason) == (Step.LIVE_FRAMES, None)
-    with FanoutRun(fanout.handover(), Sender.RELAY) as relay, Collector(lan.far) as collector:
+    assert egress._table is not None
+    assert EGRESS.layouts["directory"].unpack(egress._table._directory.bytes)["narrow"] == 1  # the link has one queue
+    with Collector(lan.far) as collector:
         assert relay.send(RECORD).transmitted == len(PEOPLE)
         assert sorted(arrived(collector, len(PEOPLE))) == DUE
         assert egress.transmit(RECORD) == 0
@@ -106,13 +114,13 @@ def test_this_host_and_unreachable_ones_are_left_to_a_plain_socket(egress: Egres
     assert egress.join("x", packed(address), 9, Rank.FIRST) is Step.SENDMMSG
 
 
-def test_a_neighbour_that_moves_is_followed(fanout: Fanout, egress: Egress, lan: Cable) -> None:
+def test_a_neighbour_that_moves_is_followed(relay: FanoutRun, egress: Egress, lan: Cable) -> None:
     steps = all_join(egress)
     change("neigh", "replace", dst="10.62.0.12", lladdr="02:00:00:00:00:12", ifindex=lan.near.index, state=0x80)
     assert select.select([egress], [], [], PATIENCE_S)[0]
     steps.update(egress.poll())
     assert set(steps.values()) == {Step.LIVE_FRAMES}
-    with FanoutRun(fanout.handover(), Sender.RELAY) as relay, Collector(lan.far) as collector:
+    with Collector(lan.far) as collector:
         relay.send(RECORD)
         frames = {d.destination: d for d in map(read, collector.frames(len(PEOPLE))) if d.payload == RECORD}
         macs = {address: frames[address].destination_mac for address in PEOPLE}
@@ -121,7 +129,7 @@ def test_a_neighbour_that_moves_is_followed(fanout: Fanout, egress: Egress, lan:
 
 
 def test_a_route_withdrawn_leaves_its_subscribers_to_a_plain_socket_until_it_is_back(
-    fanout: Fanout, egress: Egress, lan: Cable
+    relay: FanoutRun, egress: Egress, lan: Cable
 ) -> None:
     change("route", "add", dst="192.0.2.0/24", gateway="10.62.0.10")
     steps = all_join(egress)
@@ -143,14 +151,14 @@ def test_a_neighbour_that_fails_is_left_to_a_plain_socket_and_retried(egress: Eg
 
 
 def test_an_interface_that_stops_to_take_live_frames_is_served_by_af_xdp_meanwhile(
-    fanout: Fanout, egress: Egress, lan: Cable
+    relay: FanoutRun, egress: Egress, lan: Cable
 ) -> None:
     steps = all_join(egress)
     switch_gro(lan.far, on=False)
     watch(egress, steps, lambda: set(steps.values()) == {Step.AF_XDP})
     assert egress.step is Step.AF_XDP
     assert (egress.reason or "").startswith("lan: ")
-    with FanoutRun(fanout.handover(), Sender.RELAY) as relay, Collector(lan.far) as collector:
+    with Collector(lan.far) as collector:
         assert relay.send(RECORD).attempted == 0
         assert egress.transmit(RECORD) == len(PEOPLE)
         found = arrived(collector, len(PEOPLE))
@@ -163,10 +171,10 @@ def test_an_interface_that_stops_to_take_live_frames_is_served_by_af_xdp_meanwhi
 
 
 def test_a_relay_that_steps_down_takes_its_subscribers_with_it_and_comes_back(
-    fanout: Fanout, egress: Egress, lan: Cable
+    relay: FanoutRun, egress: Egress, lan: Cable
 ) -> None:
     steps = all_join(egress)
-    with FanoutRun(fanout.handover(), Sender.RELAY) as relay, Collector(lan.far) as collector:
+    with Collector(lan.far) as collector:
         switch_gro(lan.far, on=False)
         for _ in range(SHORT_RUNS):
             relay.send(RECORD)
@@ -181,6 +189,16 @@ def test_a_relay_that_steps_down_takes_its_subscribers_with_it_and_comes_back(
         watch(egress, steps, lambda: relay.send(RECORD).error == 0 and relay.reason is None)
         watch(egress, steps, lambda: set(steps.values()) == {Step.LIVE_FRAMES})
         assert relay.send(RECORD).transmitted == len(PEOPLE)
+
+
+def test_without_a_relay_that_makes_runs_nobody_is_on_the_first_rung(
+    relay: FanoutRun, egress: Egress, lan: Cable
+) -> None:
+    steps = all_join(egress)
+    relay.close()
+    steps.update(egress.tick(1))
+    assert set(steps.values()) == {Step.AF_XDP}
+    assert egress.reason == "the relay makes no runs"
 
 
 def test_a_device_deleted_leaves_all_behind_it_to_plain_sockets_and_its_place_free(

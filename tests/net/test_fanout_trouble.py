@@ -25,7 +25,7 @@ from tests.net.subscribers import (
 )
 from xdp.datagrams import NextHop
 from xdp.fanout import Fanout, open_fanout
-from xdp.fanout_maps import RUN_CPUS, Rank, Sender, Step
+from xdp.fanout_maps import EGRESS, RUN_CPUS, Rank, Sender, Step
 from xdp.fanout_run import SHORT_RUNS, FanoutRun
 from xdp.fanout_table import FanoutTable, Pacing
 
@@ -86,7 +86,11 @@ def test_two_cpus_send_each_frame_once_and_the_first_rank_first(
                 for half in (0, 1):
                     mine = [at for datagram in found if (at := place[datagram.destination]) % 2 == half]
                     assert mine == sorted(mine)
+            table.narrow(True)
+            assert run.send(payload).transmitted == count
+            assert [read(frame) for frame in collector.frames(count)] == due  # one CPU alone
     finally:
+        table.narrow(False)
         launch.delete_link("wide")
 
 
@@ -104,6 +108,21 @@ def test_a_paced_publication_takes_its_time_and_sends_all(table: FanoutTable, ru
 
 
 # ── what goes wrong ──
+
+
+def test_what_a_killed_sender_held_its_successor_lets_go_of(fanout: Fanout, table: FanoutTable) -> None:
+    child = os.fork()
+    if child == 0:
+        run = FanoutRun(fanout.handover(), Sender.RELAY)
+        run._pin(run._lanes[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    pinned = EGRESS.layouts["run"].offset("pinned") // 8
+    assert table._runs.longs[pinned] == table._version
+    assert table.step(Sender.RELAY) is Step.LIVE_FRAMES
+    with FanoutRun(fanout.handover(), Sender.RELAY):
+        assert table._runs.longs[pinned] == 0
+    assert table.step(Sender.RELAY) is None
 
 
 def test_an_interface_whose_peer_takes_nothing_is_found_out_and_the_sender_steps_down(

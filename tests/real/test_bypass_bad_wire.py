@@ -54,8 +54,10 @@ def test_through_loss_repetition_and_disorder_the_feed_is_whole_true_and_tells_e
         assert stream.hashes("proven") == mined
         assert stream.hashes("validated") == mined
         assert [one["height"] for one in stream.of("proven")] == list(range(HEIGHT + 1, HEIGHT + BLOCKS + 1))
-        assert [one["seq"] for one in stream.events] == list(range(1, 2 * BLOCKS + 1))
-        assert {one["event"] for one in stream.events} == {"proven", "validated"}
+        # REBUILT, where whole blocks are asked for, is the only other that there may be.
+        assert [one["seq"] for one in stream.events] == list(range(1, len(stream.events) + 1))
+        assert {one["event"] for one in stream.events} <= {"proven", "rebuilt", "validated"}
+        assert len({(one["event"], one["hash"]) for one in stream.events}) == len(stream.events)
         by_whom = [ways_to(product, block_hash) for block_hash in mined]
         assert sum(ways >= WAYS for ways in by_whom) > BLOCKS // 2
         assert ingest(product)["opaqueFlows"] == 0

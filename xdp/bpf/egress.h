@@ -44,7 +44,8 @@ struct directory {
     u64 gap_ps;      /* pacing: least time from frame to frame, picoseconds; 0: as fast as it goes */
     u32 burst;       /* frames without a pause */
     u32 proofs;      /* counts up when all interfaces have been proven: who has stepped down may try again */
-    u32 zero[10];
+    u32 narrow;      /* 1: an interface has one queue only, where two CPUs would overrun each other */
+    u32 zero[9];
 };
 
 /* One run. The first line is its sender's, the second the kernel's. */
@@ -57,7 +58,7 @@ struct run {
     u32 length;  /* of the payload */
     u32 payload_sum;
     u32 direct; /* 1 + an entry that is visited instead, each time; 0: the order's */
-    u32 step;   /* of the ladder, for others to read */
+    u32 step;   /* 1 + that of the ladder, for others to read; 0: nobody sends by this run */
     u32 frame; /* bytes of the frames that the run is given */
     u32 spare[5];
 

@@ -23,7 +23,6 @@ from xdp.fanout_maps import (
     MappedArray,
     Rank,
     Sender,
-    Step,
 )
 from xdp.fanout_table import FanoutTable, Pacing, TableFullError
 
@@ -201,4 +200,4 @@ def test_what_the_senders_are_told_stands_in_the_directory() -> None:
         table.vouch()
         told = layout.unpack(table._directory.bytes)
         assert (told["gap_ps"], told["burst"], told["proofs"]) == (0, 0, 1)
-        assert table.step(Sender.WORKER) is Step.LIVE_FRAMES
+        assert table.step(Sender.WORKER) is None
