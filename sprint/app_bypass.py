@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sprint.bypass_line import HoldingEnd
 from sprint.composition import BYPASS_INACTIVE
+from sprint.egress import FanoutHolding
 from sprint.ingress import Ingress
 from sprint.sources.capture import CaptureSource
 from xdp.capture import Capture, Handover, close_handover
@@ -68,7 +69,7 @@ class BypassProcess:
         self._status = status
         self._log = log
         self._lines = [HoldingEnd(control) for control in controls]
-        self._holdings: list[Holding] = [Ingress(config, log)]
+        self._holdings: list[Holding] = [Ingress(config, log), FanoutHolding(status, log)]
         self._stopping = False
 
     def run(self) -> None:

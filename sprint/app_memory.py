@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 from typing import TYPE_CHECKING, Any
 
 from sprint.addresses import Address
@@ -19,7 +18,7 @@ from sprint.api.server import ApiServer
 from sprint.app_relay import RelayProcess
 from sprint.app_workers import Workers
 from sprint.channels import EventChannel, SocketChannel
-from sprint.composition import Shared, bypass_wanted, facts_of, log_relayed
+from sprint.composition import BypassLines, Shared, bypass_wanted, facts_of, log_relayed
 from sprint.deliveries import udp_link
 from sprint.deliveries.stream import StreamDelivery
 from sprint.deliveries.udp import UdpDelivery, bound_address
@@ -39,6 +38,7 @@ from sprint.status import DELIVERIES, PROCESSES, StatusBlock
 from sprint.status import SIZE as STATUS_SIZE
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from pathlib import Path
 
@@ -74,8 +74,7 @@ class MemorySprint:
         self._channels: dict[str, Channel] = {}
         self._line = RebuildLine()
         self._rows = 0
-        self._control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if bypass_wanted(config) else None
-        """The relay's end and the bypass's."""
+        self._bypass = BypassLines() if bypass_wanted(config) else None
 
     def run(self) -> None:
         """Supervise until SIGINT or SIGTERM. Raises HostError when an address can't be bound."""
@@ -124,13 +123,14 @@ class MemorySprint:
     ) -> tuple[Child, ...]:
         """All children, in the order in which they are started."""
         family = [Child("relay", self._be_relay)]
-        if self._control is not None:
+        if self._bypass is not None:
             family.append(Child("bypass", self._be_bypass))
         links = [udp_link.pair() for _ in streams]
         for number, (listener, (link, _)) in enumerate(zip(streams, links, strict=True)):
             service = UdpService(bound_address(datagrams), link)
             family.append(self._worker(f"stream-{number}", self._workers.be_stream, number, listener, service))
-        family.append(self._worker("udp", self._workers.be_udp, datagrams, [link for _, link in links]))
+        control = self._bypass.udp[0] if self._bypass is not None else None
+        family.append(self._worker("udp", self._workers.be_udp, datagrams, [link for _, link in links], control))
         family.append(self._worker("shm", self._workers.be_shm))
         family.append(self._worker("zmq", self._workers.be_zmq, publisher, self._line))
         family.append(Child("api", lambda: self._workers.be_api(self._api)))
@@ -152,15 +152,15 @@ class MemorySprint:
             list(self._channels.values()),
             self._relay_log,
             self._line,
-            self._control[0] if self._control is not None else None,
+            self._bypass,
         ).run()
 
     def _be_bypass(self) -> None:
         # Only where it is wanted: it brings the BPF loader with it.
         from sprint.app_bypass import BypassProcess  # noqa: PLC0415
 
-        assert self._control is not None
-        BypassProcess(self._config, self._status, [self._control[1]], self._log).run()
+        assert self._bypass is not None
+        BypassProcess(self._config, self._status, self._bypass.theirs(), self._log).run()
 
     # The supervisor's own part while it supervises.
 

@@ -29,14 +29,15 @@ from sprint.sources.p2p import P2PSource
 from sprint.sources.rebuild import RebuildSource
 from sprint.sources.upstream import Upstream
 from sprint.sources.zmq import ZmqSource
-from sprint.status import STEPS
+from sprint.status import DELIVERIES, STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sprint.broadcaster import Publishes
     from sprint.chain import HeaderChain
-    from sprint.composition import Shared
+    from sprint.composition import BypassLines, Shared
+    from sprint.deliveries.udp_fanout import RelayFanout
     from sprint.engines.relay_log import PipeLog
     from sprint.events import Block
     from sprint.header_file import HeaderFile
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from sprint.sources import Source
     from sprint.sources.rebuild import RebuildLine
 
+FANOUT_ROW = DELIVERIES - 1
+"""Of the status block's: the workers' rows begin at the other end."""
 REALTIME_PRIORITY = 10
 """SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
 
@@ -59,10 +62,10 @@ class RelayProcess:
         channels: Sequence[Publishes],
         log: PipeLog,
         line: RebuildLine,
-        control: socket.socket | None,
+        bypass: BypassLines | None,
     ) -> None:
-        """`channels` are signalled in this order; `line` brings whole blocks; `control` is the relay's end of the pair
-        that the bypass has."""
+        """`channels` are signalled in this order; `line` brings whole blocks; `bypass` the lines
+        to what holds the bypass."""
         self._shared = shared
         self._config = shared.config
         self._ring = shared.ring
@@ -72,7 +75,7 @@ class RelayProcess:
         self._channels = channels
         self._log = log
         self._line = line
-        self._control = control
+        self._bypass = bypass
 
     def run(self) -> None:
         """Relay until SIGTERM."""
@@ -84,7 +87,9 @@ class RelayProcess:
         source = P2PSource(
             config.upstreams, config.network, lambda: chain.tip_height, self._status, direct=config.use_direct_p2p
         )
-        broadcaster = Broadcaster(RingWriter(self._ring), config.network.magic, self._channels, time.monotonic_ns)
+        fanout = self._fanout()
+        deliveries = [*self._channels, *fanout]  # whom the signals wake works while the fan-out's call goes on
+        broadcaster = Broadcaster(RingWriter(self._ring), config.network.magic, deliveries, time.monotonic_ns)
         broadcaster.wake()  # the one before may have died between a record and the call to come and read it
         turns = Turns(
             relay=relay,
@@ -92,7 +97,7 @@ class RelayProcess:
             ring=self._ring,
             ledger=Ledger(self._status),
             header_file=self._header_file,
-            sources=[*self._bypass_source(), source, *self._zmq_source(), RebuildSource(self._line)],
+            sources=[*self._bypass_source(), source, *self._zmq_source(), self._rebuild_source(), *fanout],
             log=log,
         )
         turns.publish(unsaid)
@@ -127,7 +132,7 @@ class RelayProcess:
 
     def _rehearsal(self) -> Rehearsal | None:
         try:
-            return open_rehearsal(captures=self._control is not None)
+            return open_rehearsal(captures=self._bypass is not None)
         except (HostError, OSError) as error:  # a cold path is still a path
             self._log.warning("The path is not kept warm", reason=str(error))
             return None
@@ -139,6 +144,9 @@ class RelayProcess:
             row.name, row.applied, row.detail = name, step.applied, detail
             if not step.applied and not known:
                 self._log.warning("System optimisation refused", step=step.name, reason=step.detail)
+
+    def _rebuild_source(self) -> Source:
+        return RebuildSource(self._line, every=16 if self._config.optimize_system else 1)
 
     def _zmq_source(self) -> list[Source]:
         """The nodes' publishers, if there are any."""
@@ -152,7 +160,7 @@ class RelayProcess:
 
     def _bypass_source(self) -> list[Source]:
         """The capture, if there is to be one: it is asked before the plain sockets."""
-        if self._control is None:
+        if self._bypass is None:
             return []
         # Only where it is wanted: it brings AF_XDP and the BPF loader with it.
         from sprint.app_bypass import open_capture  # noqa: PLC0415
@@ -160,8 +168,25 @@ class RelayProcess:
         network, status = self._config.network, self._status
         return [
             BypassSource(
-                self._control,
+                self._bypass.capture[0],
                 lambda facts, descriptors: open_capture(facts, descriptors, network, status),
+                self._log,
+            )
+        ]
+
+    def _fanout(self) -> list[RelayFanout]:
+        """What serves UDP subscribers, if there is to be a bypass."""
+        if self._bypass is None:
+            return []
+        from sprint.deliveries.udp_fanout import RelayFanout  # noqa: PLC0415 - as above
+
+        return [
+            RelayFanout(
+                self._ring,
+                self._status.delivery(FANOUT_ROW, "fanout"),
+                self._status,
+                self._bypass.egress[0],
+                self._config.write_deadlines_ns(),
                 self._log,
             )
         ]

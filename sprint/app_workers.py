@@ -14,7 +14,7 @@ from sprint.app_zmq import ZmqDesk
 from sprint.composition import keep_checking, session_limit
 from sprint.deliveries.shm import ShmDelivery
 from sprint.deliveries.stream import StreamDelivery
-from sprint.deliveries.udp import UdpDelivery
+from sprint.deliveries.udp import UdpDelivery, bound_address
 from sprint.optimize import Optimizations, Plan
 from sprint.status import STEPS
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sprint.api.server import ApiServer
     from sprint.channels import Channel
     from sprint.composition import Shared
+    from sprint.deliveries.udp import Fanout
     from sprint.deliveries.udp_sessions import UdpService
     from sprint.sources.rebuild import RebuildLine
     from sprint.status import Delivery
@@ -99,18 +100,41 @@ class Workers:
             self._log,
             report=line.report,
         )
-        asyncio.run(self._deliver(channel, desk, lambda loop: desk.start(loop, listener)))
 
-    def be_udp(self, channel: Channel, row: int, sock: socket.socket, links: Sequence[socket.socket]) -> None:
-        """Serve UDP subscribers by that socket; `links` are this side's ends to the stream workers."""
+        def start(loop: asyncio.AbstractEventLoop) -> None:
+            loop.set_exception_handler(_end)
+            desk.start(loop, listener)
+
+        # A block of 4 MB is work for some ten milliseconds, which no stream subscriber must wait for.
+        asyncio.run(self._deliver(channel, desk, start, priority=WORKER_PRIORITY - 1))
+
+    def be_udp(
+        self,
+        channel: Channel,
+        row: int,
+        sock: socket.socket,
+        links: Sequence[socket.socket],
+        control: socket.socket | None,
+    ) -> None:
+        """Serve UDP subscribers by that socket.
+
+        `links` are this side's ends to the stream workers, `control` the one to the bypass.
+        """
+        fanout: Fanout | None = None
+        if control is not None:
+            from sprint.deliveries.udp_fanout import WorkerFanout  # noqa: PLC0415 - only where it is wanted
+
+            fanout = WorkerFanout(control, bound_address(sock).port, self._log)
         delivery = UdpDelivery(
             self._shared.ring,
             self._accounts(row, "udp"),
             self._shared.status.layout.udp,
             links,
             write_deadline_ns=self._config.write_deadlines_ns(),
+            fanout=fanout,
         )
-        self._shared.status.layout.udp.by_fanout = 0
+        counters = self._shared.status.layout.udp
+        counters.fanout_turbo = counters.fanout_enterprise = 0
         asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.start(loop, sock)))
 
     def be_api(self, api: ApiServer) -> None:
@@ -136,9 +160,10 @@ class Workers:
         start: Callable[[asyncio.AbstractEventLoop], Any],
         *,
         show: bool = False,
+        priority: int = WORKER_PRIORITY,
     ) -> None:
         """Run one delivery, woken by its channel, until SIGTERM. `show`: its optimisations stand in the status."""
-        optimizations = self._hurry(show=show)
+        optimizations = self._hurry(show=show, priority=priority)
         loop = asyncio.get_running_loop()
         stopped: asyncio.Future[None] = loop.create_future()
 
@@ -167,7 +192,7 @@ class Workers:
             delivery.close()
             optimizations.undo()
 
-    def _hurry(self, *, show: bool) -> Optimizations:
+    def _hurry(self, *, show: bool, priority: int) -> Optimizations:
         """A worker's share of OPTIMIZE_SYSTEM. It sleeps between records, so real-time scheduling harms nobody.
 
         Without that, whoever else is woken by the same block, the log above all, goes first: five times the latency.
@@ -177,7 +202,7 @@ class Workers:
         optimizations = Optimizations(
             Plan(
                 cpus=None,
-                realtime_priority=WORKER_PRIORITY if asked else None,
+                realtime_priority=priority if asked else None,
                 lock_memory=asked,
                 freeze_gc=False,  # nobody here would know when to collect
                 spin=False,
@@ -191,3 +216,9 @@ class Workers:
             row.applied = all(step.applied for step in steps)
             row.name = b"workers"
         return optimizations
+
+
+def _end(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception in a callback: asyncio would log it and go on, perhaps deaf; a successor isn't."""
+    loop.default_exception_handler(context)
+    raise SystemExit(1)

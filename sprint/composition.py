@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -95,6 +96,19 @@ def keep_checking(loop: asyncio.AbstractEventLoop, gate: Admission, log: Any, to
         log.warning("Keys can't be read", reason=reason)
         told = reason
     loop.call_later(CHECK_NS / NS_PER_S, keep_checking, loop, gate, log, told)
+
+
+class BypassLines:
+    """The lines to the bypass's process, made before the first fork: in each pair, the asking end comes first."""
+
+    def __init__(self) -> None:
+        self.capture, self.egress, self.udp = (
+            socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)
+        )
+
+    def theirs(self) -> list[socket.socket]:
+        """The bypass's ends."""
+        return [pair[1] for pair in (self.capture, self.egress, self.udp)]
 
 
 def announce(config: Config, log: Any) -> None:

@@ -165,7 +165,10 @@ class Udp(_Section):
         ("full", u64),
         ("lapsed", u64),
         ("unproven", u64),
-        ("by_fanout", u64),
+        ("fanout_turbo", u64),
+        ("fanout_enterprise", u64),
+        ("rung", ctypes.c_char * 16),
+        ("reason", ctypes.c_char * 160),
     )
 
 

@@ -28,6 +28,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A test has passed when its call has; it fails, or is skipped, in its beginning too, and fails in its end."""
+    if report.when == "call" and report.user_properties:
+        _say(facts=dict(report.user_properties))
     facts: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 1)}
     if report.failed:
         _say(**facts, text=report.longreprtext[-MAX_TEXT:])

@@ -20,40 +20,27 @@ import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from xdp.datagrams import NextHop, udp_headers
+from xdp.egress_frames import RETRY_NS, Frames, Member
 from xdp.fanout_maps import RUN_CPUS, SUBSCRIBERS, FanoutHandover, Rank, Sender, Step
 from xdp.fanout_run import FanoutRun
 from xdp.fanout_table import FanoutTable, TableFullError
 from xdp.neighbours import NextHops
 from xdp.netdev import XdpFeature, xdp_features
 from xdp.pacing import pacing, slowest, tx_queues
-from xdp.transmit import Transmitter
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
     from types import TracebackType
 
+    from xdp.datagrams import NextHop
+
 KEEP_ALIVE_NS = 20_000_000_000
 """Between two checks of the neighbours; the kernel's own patience with one is some 30 s (base_reachable_time)."""
-RETRY_NS = 5_000_000_000
-"""Between two proofs of an interface, two attempts at an AF_XDP socket, or at subscribers whose way is unknown."""
 RETRIES_A_TICK = 500
-"""Of the latter, at some ten microseconds each: what changes is told by events, so this only mends what they miss."""
-_SMALLEST = 1024
-"""Slots of a Transmitter; it grows by doubling."""
+"""Of those whose way is unknown, at some ten microseconds each. What changes is told by events: this mends the rest."""
 
 Change = tuple["Hashable", Step]
 """A subscriber, and the rung that serves him from now on."""
-
-
-class _Member:
-    __slots__ = ("address", "hop", "key", "port", "rank", "slot", "step")
-
-    def __init__(self, key: Hashable, address: bytes, port: int, rank: Rank) -> None:
-        self.key, self.address, self.port, self.rank = key, address, port, rank
-        self.step = Step.SENDMMSG
-        self.hop: NextHop | None = None
-        self.slot = 0
 
 
 @dataclass
@@ -67,72 +54,17 @@ class _Interface:
 
 
 @final
-class _Frames:
-    """The second rung of one interface."""
-
-    def __init__(self, ifindex: int) -> None:
-        self.ifindex = ifindex
-        self.transmitter: Transmitter | None = None
-        self.retry_ns = 0
-        self.members: dict[int, _Member] = {}
-        self.free: list[int] = []
-        self.order: list[int] | None = None
-
-    def open(self, now_ns: int) -> bool:
-        """Whether there is a socket to send by."""
-        if self.transmitter is None and now_ns >= self.retry_ns:
-            self._make(_SMALLEST, now_ns)
-        return self.transmitter is not None
-
-    def _make(self, capacity: int, now_ns: int) -> None:
-        self.close()
-        try:
-            self.transmitter = Transmitter(self.ifindex, capacity)
-        except (OSError, RuntimeError):
-            self.retry_ns = now_ns + RETRY_NS
-            return
-        self.free = [slot for slot in range(capacity - 1, -1, -1) if slot not in self.members]
-
-    def add(self, member: _Member, source_port: int, now_ns: int) -> bool:
-        if not self.free and self.transmitter is not None:
-            self._make(2 * self.transmitter.capacity, now_ns)
-            for slot, there in self.members.items():
-                self._put(slot, there, source_port)
-        if self.transmitter is None:
-            return False
-        member.slot = self.free.pop()
-        self.members[member.slot] = member
-        self._put(member.slot, member, source_port)
-        self.order = None
-        return True
-
-    def _put(self, slot: int, member: _Member, source_port: int) -> None:
-        if self.transmitter is not None and member.hop is not None:
-            self.transmitter.put(slot, udp_headers(member.hop, member.address, member.port, source_port))
-
-    def remove(self, member: _Member) -> None:
-        del self.members[member.slot]
-        self.free.append(member.slot)
-        self.order = None
-
-    def close(self) -> None:
-        if self.transmitter is not None:
-            self.transmitter.close()
-            self.transmitter = None
-
-
-@final
 class Egress:
     """Everybody who is served by UDP, each on the best rung that leads to him; a context manager."""
 
     def __init__(self, handover: FanoutHandover | None, source_port: int) -> None:
         """Without a handover there is no first rung. Raises OSError."""
         self._source_port = source_port
-        self._members: dict[Hashable, _Member] = {}
+        self._members: dict[Hashable, Member] = {}
         self._at: dict[bytes, set[Hashable]] = {}
         """Who is at an address."""
         self._interfaces: dict[int, _Interface] = {}
-        self._frames: dict[int, _Frames] = {}
+        self._frames: dict[int, Frames] = {}
         self._keep_alive_ns = self._retry_ns = 0
         self._now_ns = 0
         self._was_live = False
@@ -189,7 +121,7 @@ class Egress:
             raise ValueError(f"subscriber {key!r} has joined already")
         if len(self._members) >= SUBSCRIBERS:
             raise ValueError(f"{SUBSCRIBERS} subscribers are served already")
-        member = self._members[key] = _Member(key, address, port, rank)
+        member = self._members[key] = Member(key, address, port, rank)
         self._at.setdefault(address, set()).add(key)
         self._place(member)
         return member.step
@@ -210,16 +142,9 @@ class Egress:
         """To everybody on the second rung, the first rank first: how many the kernel took."""
         sent = 0
         for frames in self._frames.values():
-            if frames.transmitter is None or not frames.members:
-                continue
-            if frames.order is None:
-                frames.order = sorted(frames.members, key=lambda slot: frames.members[slot].rank)
-            taken = frames.transmitter.send(payload, frames.order)
-            sent += taken.sent
-            if taken.error:
-                self.failed += len(frames.order) - taken.sent
-                frames.close()
-                frames.retry_ns = self._now_ns + RETRY_NS
+            taken, refused = frames.transmit(payload, self._now_ns)
+            sent += taken
+            self.failed += refused
         return sent
 
     # ── changes ──
@@ -274,7 +199,7 @@ class Egress:
                     changes.append((key, member.step))
         return changes
 
-    def _place(self, member: _Member) -> None:
+    def _place(self, member: Member) -> None:
         """On the best rung that leads to him."""
         hop = self._next_hop(member)
         if member.step is Step.LIVE_FRAMES and hop is not None and self._is_live(hop):
@@ -298,11 +223,11 @@ class Egress:
                 member.slot = self._table.add(hop, member.address, member.port, member.rank)
                 member.step = Step.LIVE_FRAMES
                 return
-        frames = self._frames.setdefault(hop.ifindex, _Frames(hop.ifindex))
-        if frames.open(self._now_ns) and frames.add(member, self._source_port, self._now_ns):
+        frames = self._frames.setdefault(hop.ifindex, Frames(hop.ifindex, self._source_port))
+        if frames.open(self._now_ns) and frames.add(member, self._now_ns):
             member.step = Step.AF_XDP
 
-    def _take_off(self, member: _Member) -> None:
+    def _take_off(self, member: Member) -> None:
         if member.step is Step.LIVE_FRAMES:
             assert self._table is not None
             self._table.remove(member.slot)
@@ -310,14 +235,14 @@ class Egress:
             self._frames[self._ifindex(member)].remove(member)
         member.step = Step.SENDMMSG
 
-    def _next_hop(self, member: _Member) -> NextHop | None:
+    def _next_hop(self, member: Member) -> NextHop | None:
         try:
             return self._hops.resolve(member.address)
         except (OSError, ValueError):
             return None
 
     @staticmethod
-    def _ifindex(member: _Member) -> int:
+    def _ifindex(member: Member) -> int:
         assert member.hop is not None
         return member.hop.ifindex
 

@@ -2,8 +2,9 @@
 
     process   object        what it does
     bypass    Fanout        open_fanout(): compiles, loads, attaches; handover() for the others; ends with it
-    udp       FanoutTable   (fanout_table) the subscribers: add, update, remove; takes microseconds
-    relay     FanoutRun     (fanout_run) send(payload): one call; a second one in the udp worker for heartbeats
+    udp       Egress        (egress) who is served by which rung: next hops, proofs, and the rungs below; holds the
+              FanoutTable   (fanout_table) subscribers of the first rung: add, update, remove; takes microseconds
+    relay     FanoutRun     (fanout_run) send(payload): one call; another in the udp worker for proofs and heartbeats
 
 A Fanout owns the program, attached to one end of a parked veth pair (its other end stays down, so that no packet ever
 comes in), the raw tracepoint that counts, and all maps. It sends nothing itself, and touches no other interface. Links

@@ -132,7 +132,22 @@ def _source(peer: Peer) -> dict[str, Any]:
 
 def deliveries(status: StatusBlock) -> dict[str, Any]:
     """What each delivery did for the subscribers of each tier."""
-    return {"deliveries": [_delivery(delivery) for delivery in status.deliveries()]}
+    return {"deliveries": [_delivery(delivery) for delivery in status.deliveries()], "udp": _udp(status)}
+
+
+UDP_COUNTERS = ("challenges", "suppressed", "refused", "unknown", "garbage", "full", "lapsed", "unproven")
+
+
+def _udp(status: StatusBlock) -> dict[str, Any]:
+    """What the UDP side refused and ended, and how its subscribers are served."""
+    udp, egress = status.layout.udp, status.layout.egress
+    return {
+        **{name: int(getattr(udp, name)) for name in UDP_COUNTERS},
+        "rung": _text(udp.rung) or None,
+        "reason": _text(udp.reason) or None,
+        "by_live_frames": int(udp.fanout_turbo + udp.fanout_enterprise),
+        "runs": int(egress.runs),
+    }
 
 
 def _delivery(delivery: Delivery) -> dict[str, Any]:

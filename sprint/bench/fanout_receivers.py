@@ -1,8 +1,8 @@
-"""The subscribers that the fan-out benchmark sends to: real sockets, a process with as many as it is told, and an epoll.
+"""The subscribers that `bench fanout` sends to: real sockets, a process with as many as it is told, and an epoll.
 
 The same loop serves every way of sending, so that what a receiver costs is the same for all: one read a wake-up, one
 stamp (CLOCK_MONOTONIC ns) when a socket has as many bytes as a publication brings it. The benchmark commands it by a
-pipe: make so many sockets; expect so many bytes of each; say what came; close them.
+pipe; of a round it says, unasked, that each socket has got its publication, or, when told to give up, what has come.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import socket
 import time
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
+from sprint.bench.fanout_wire import join_namespace
 from sprint.errors import HostError
 
 if TYPE_CHECKING:
@@ -33,91 +34,107 @@ class Greeting:
     """Each: send this; then read so many bytes, or until the answer ends so."""
 
 
+class Round(NamedTuple):
+    """What one process's subscribers got of a publication."""
+
+    number: int
+    stamps: bytes
+    """int64: when each had it, in that order."""
+    last: bytes
+    """What was read last."""
+    cpu_ns: int
+    """That the process has used since the round began."""
+
+
 class Receivers:
-    """One process's sockets and the round that is under way."""
+    """One process's sockets, and the round that is under way."""
 
     def __init__(self, control: Connection) -> None:
         self._control = control
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._sockets: list[socket.socket] = []
-        self._size = 0
+        self._number = self._size = self._cpu_ns = 0
         self._partial: dict[int, int] = {}
         self._stamps: array[int] = array("q")
-        self._surplus = 0
+        self._last = b""
 
     def serve(self) -> None:
         """Do what the benchmark says, until it kills us."""
         control, poll, read, clock = self._control.fileno(), self._epoll.poll, os.read, time.monotonic_ns
-        append = self._stamps.append
+        stamps, partial = self._stamps, self._partial
         while True:
             for descriptor, _ in poll(-1, _EVENTS):
                 if descriptor == control:
                     command, *arguments = self._control.recv()
-                    self._control.send(getattr(self, f"do_{command}")(*arguments))
+                    getattr(self, f"do_{command}")(*arguments)
                     continue
-                length = len(read(descriptor, _READ))
-                if length == self._size:
-                    append(clock())
+                data = read(descriptor, _READ)
+                if len(data) == self._size and not partial:
+                    stamps.append(clock())
+                    self._last = data
                 else:
-                    self._add(descriptor, length, clock())
+                    self._add(descriptor, data, clock())
+            if self._size and len(stamps) >= len(self._sockets):
+                self._tell()
 
-    def _add(self, descriptor: int, length: int, now_ns: int) -> None:
-        """A publication that comes in parts, or more than one at once."""
-        if not length:
+    def _add(self, descriptor: int, data: bytes, now_ns: int) -> None:
+        """A publication that comes in parts; outside of a round, what a server says by itself."""
+        if not data:
             raise HostError("a server closed a subscriber's connection")
-        have = self._partial.get(descriptor, 0) + length
-        while have >= self._size > 0:
+        if not self._size:
+            return
+        have = self._partial.pop(descriptor, 0) + len(data)
+        if have >= self._size:
             self._stamps.append(now_ns)
-            have -= self._size
-        self._partial[descriptor] = have
+            self._last = data
+        else:
+            self._partial[descriptor] = have
+
+    def _tell(self) -> None:
+        told = Round(self._number, self._stamps.tobytes(), self._last, time.process_time_ns() - self._cpu_ns)
+        self._size = 0
+        self._control.send(told)
 
     def do_namespace(self, pid: int) -> None:
-        """Move into the network namespace of that process."""
-        with open(f"/proc/{pid}/ns/net", "rb") as namespace:
-            setns = __import__("ctypes").CDLL(None, use_errno=True).setns
-            if setns(namespace.fileno(), 0x4000_0000):
-                raise HostError("no way into the receivers' network namespace")
+        """Move into the network namespace of that process; answers with our own pid."""
+        join_namespace(pid)
+        self._control.send(os.getpid())
 
-    def do_udp(self, host: str, ports: range) -> int:
-        """A socket on each of these ports; how many."""
+    def do_udp(self, host: str, ports: list[int]) -> None:
+        """A socket on each of these ports; answers with how many there are."""
         for port in ports:
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             sock.bind((host, port))
             self._watch(sock)
-        return len(self._sockets)
+        self._control.send(len(self._sockets))
 
-    def do_tcp(self, host: str, port: int, count: int, greeting: Greeting) -> int:
-        """So many connections to a server, subscribed."""
-        for _ in range(count):
-            sock = socket.create_connection((host, port), timeout=HANDSHAKE_TIMEOUT_S)
-            for said, expected in greeting.steps:
-                sock.sendall(said)
-                _read_answer(sock, expected)
-            self._watch(sock)
-        return len(self._sockets)
+    def do_tcp(self, host: str, port: int, count: int, greeting: Greeting) -> None:
+        """So many more connections to a server, subscribed; answers with how many there are."""
+        try:
+            for _ in range(count):
+                sock = socket.create_connection((host, port), timeout=HANDSHAKE_TIMEOUT_S)
+                for said, expected in greeting.steps:
+                    sock.sendall(said)
+                    _read_answer(sock, expected)
+                self._watch(sock)
+        except OSError as error:
+            self._control.send(HostError(f"subscriber {len(self._sockets) + 1} of {host}:{port}: {error}"))
+            return
+        self._control.send(len(self._sockets))
 
-    def do_expect(self, size: int) -> None:
-        """A round begins: each socket is to get `size` bytes."""
-        self._size = size
+    def do_expect(self, number: int, size: int) -> None:
+        """A round begins: each socket is to get `size` bytes; answers when it is ready."""
         self._partial.clear()
         del self._stamps[:]
+        self._last = b""
+        self._number, self._size, self._cpu_ns = number, size, time.process_time_ns()
+        self._control.send(number)
 
-    def do_count(self) -> int:
-        """How many publications have come in this round."""
-        return len(self._stamps)
-
-    def do_stamps(self) -> bytes:
-        """When each came, int64, in order."""
-        return self._stamps.tobytes()
-
-    def do_close(self) -> int:
-        """Close them all."""
-        count = len(self._sockets)
-        for sock in self._sockets:
-            sock.close()  # which takes it out of the epoll
-        self._sockets.clear()
-        return count
+    def do_give_up(self, number: int) -> None:
+        """Say what has come of that round, unless that has been said."""
+        if self._size and self._number == number:
+            self._tell()
 
     def _watch(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -125,10 +142,10 @@ class Receivers:
         self._epoll.register(sock, select.EPOLLIN)
 
 
-def _read_answer(sock: socket.socket, expected: int | bytes) -> Any:
+def _read_answer(sock: socket.socket, expected: int | bytes) -> None:
     answer = b""
     while len(answer) < expected if isinstance(expected, int) else not answer.endswith(expected):
-        more = sock.recv(_READ if isinstance(expected, bytes) else expected - len(answer))
+        more = sock.recv(expected - len(answer) if isinstance(expected, int) else _READ)
         if not more:
-            raise HostError(f"a server closed a subscriber's connection after {answer[:80]!r}")
+            raise ConnectionError(f"closed after {answer[:80]!r}")
         answer += more

@@ -76,7 +76,7 @@ def stream(progress: Advance, options: Options) -> Result:
 
 
 def detect(progress: Advance, options: Options) -> Result:
-    """From a packet's arrival at the interface to the block's hash: socket, AF_XDP, ring buffer, waiting and polled."""
+    """From a packet's arrival at the interface to hash and record: socket, AF_PACKET, AF_XDP, ring buffer."""
     from sprint.bench.detect import ANNOUNCEMENTS, measure_detect  # noqa: PLC0415
 
     return measure_detect(progress, ANNOUNCEMENTS if options.announcements is None else options.announcements)

@@ -42,6 +42,29 @@ class SortedHistogram(Histogram):
             words[3 + bucket] += end - at
             at = end
 
+    def record_even(self, count: int, first_ns: int, last_ns: int) -> None:
+        """Count as many latencies, spread evenly from the first to the last; negative ones as 0."""
+        first_ns, last_ns = max(0, first_ns), max(0, last_ns)
+        words = self._words
+        words[0] += count
+        words[1] += (first_ns + last_ns) * count // 2
+        words[2] = max(words[2], last_ns)
+        counted = 0
+        for bucket in range(bucket_of(first_ns), bucket_of(last_ns) + 1):
+            last = bucket == HISTOGRAM_BUCKETS - 1
+            end = count if last else below(bucket_upper_ns(bucket), count, first_ns, last_ns)
+            words[3 + bucket] += end - counted
+            counted = end
+
+
+def below(bound_ns: int, count: int, first_ns: int, last_ns: int) -> int:
+    """Of `count` values spread evenly from the first to the last: how many are less than the bound."""
+    if bound_ns > last_ns:
+        return count
+    if bound_ns <= first_ns:
+        return 0
+    return min(count, -(-(bound_ns - first_ns) * (count - 1) // (last_ns - first_ns)))
+
 
 class TierLedger:
     """The accounts of one tier's subscribers, in the status block."""
@@ -80,9 +103,18 @@ class TierLedger:
 
     def sent_together(self, count: int, started_ns: int, ended_ns: int, seen_ns: int) -> None:
         """Count `count` records sent by one system call, as if each had taken its share of the time."""
-        if count:
-            took_ns = ended_ns - started_ns
-            self.sent([started_ns + took_ns * number // count for number in range(count + 1)], [], seen_ns)
+        if not count:
+            return
+        took_ns = (ended_ns - started_ns) // count
+        if took_ns <= self.write_deadline_ns:
+            self.accounts.on_time += count
+        else:
+            self.accounts.late += count
+        self._write_time.record_even(count, took_ns, took_ns)
+        if seen_ns:
+            first_ns, last_ns = started_ns + took_ns - seen_ns, ended_ns - seen_ns
+            self.accounts.over_target += count - below(self.profile.relay_target_ns + 1, count, first_ns, last_ns)
+            self._relay_latency.record_even(count, first_ns, last_ns)
 
     def dropped(self, count: int) -> None:
         """Count records that a subscriber lost because its socket was unwritable at their deadline, or is gone."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from sprint.addresses import Address
 from sprint.datagrams import MAX_FROM_CLIENT, Beat, Echo, from_client
@@ -23,7 +23,7 @@ from sprint.deliveries.reception import network_of
 from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.udp_leases import Activated, Deactivated, Leases, SendChallenge
 from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Wanted
-from sprint.deliveries.udp_sender import Batches, Run, Target
+from sprint.deliveries.udp_sender import Batches, Run, Rung, Target
 from sprint.deliveries.udp_sessions import UDP_TIERS, unmapped
 from sprint.errors import HostError
 from sprint.frames import UdpReason
@@ -47,38 +47,46 @@ SOCKET_BUFFER: Final = 4 << 20
 
 
 class Fanout(Protocol):
-    """The one that serves many in a single system call, as this delivery sees it."""
+    """The one that serves many at once, as this delivery sees it. Subscribers are known by their tokens."""
 
     @property
-    def active(self) -> bool:
-        """Whether the relay makes its runs."""
+    def step(self) -> str:
+        """The best rung that there is."""
 
-    def join(self, lease: Lease) -> bool:
-        """Serve this one from the next publication on; False: it has to be served here."""
+    @property
+    def reason(self) -> str | None:
+        """Why somebody isn't on the first."""
 
-    def leave(self, lease: Lease) -> None:
+    def fileno(self) -> int:
+        """Readable when look() has something to do."""
+
+    def join(self, key: bytes, address: Address, tier: Tier) -> Rung:
+        """Serve this one from the next publication on, by that rung."""
+
+    def leave(self, key: bytes) -> None:
         """Not any more."""
+
+    def transmit(self, payload: bytes) -> int:
+        """To everybody on the second rung, enterprise first: how many the kernel took."""
+
+    def look(self, now_ns: int) -> list[tuple[bytes, Rung]]:
+        """Who is served by another rung than before; to be called each second, too."""
+
+    def close(self) -> None:
+        """Serve nobody."""
 
 
 class _Subscriber(Target):
     """One who gets records: the address that a lease has proven."""
 
-    __slots__ = ("beat_ns", "by_fanout", "closed", "lease", "timer_ns")
+    __slots__ = ("beat_ns", "closed", "lease", "rung", "timer_ns")
 
     def __init__(self, lease: Lease) -> None:
         super().__init__(lease.address)
         self.lease = lease
-        self.by_fanout = False
+        self.rung = Rung.SENDMMSG
         self.closed = False
         self.beat_ns = self.timer_ns = 0
-
-
-class _Roster(NamedTuple):
-    """One tier's."""
-
-    by_hand: Batches
-    by_fanout: Batches
-    """Sent to from here only while the fan-out doesn't."""
 
 
 class UdpDelivery:
@@ -110,8 +118,10 @@ class UdpDelivery:
         self._sequence = ring.tail
         self._processing = Histogram(accounts.processing)
         self._leases = Leases(ring.session, secrets.token_bytes(32), _network_of, clock())
-        self._rosters: dict[Tier, _Roster] = {}
-        """The highest tier first."""
+        self._by_socket: dict[Tier, Batches] = {}
+        """Whom nothing better reaches, the highest tier first."""
+        self._by_frames = dict.fromkeys(UDP_TIERS, 0)
+        """How many are on the second rung."""
         self._subscribers: dict[bytes, _Subscriber] = {}
         self._unsettled: list[tuple[TierLedger, Run, int]] = []
         self._bytes_sent = 0
@@ -150,9 +160,9 @@ class UdpDelivery:
         self._loop = loop
         self._sock = sock
         self._ipv6 = sock.family == socket.AF_INET6
-        self._rosters = {
-            tier: _Roster(Batches(sock, self._clock), Batches(sock, self._clock)) for tier in reversed(UDP_TIERS)
-        }
+        self._by_socket = {tier: Batches(sock, self._clock) for tier in reversed(UDP_TIERS)}
+        if self._fanout is not None:
+            loop.add_reader(self._fanout.fileno(), self._look)
         self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._beat)
         for owner, link in enumerate(self._link_socks):
             self._links.append(Link(loop, link, lambda message, owner=owner: self._told(owner, message)))  # type: ignore[misc]  # bound now
@@ -163,6 +173,10 @@ class UdpDelivery:
     def close(self) -> None:
         """Stop; the sessions go on over TCP when this side's successor says that it has begun."""
         self._loop.remove_reader(self._sock)
+        if self._fanout is not None:
+            self._loop.remove_reader(self._fanout.fileno())
+            self._fanout.close()
+            self._fanout = None
         if self._timer is not None:
             self._timer.cancel()
         for link in self._links:
@@ -188,12 +202,24 @@ class UdpDelivery:
 
     def _send(self, record: bytes) -> None:
         seen_ns = latency_origin_ns(record)
-        by_fanout = self._fanout is not None and self._fanout.active
-        for tier, roster in self._rosters.items():
-            for batches in roster[: 1 if by_fanout else 2]:
-                for run in batches.send(record):
-                    self._unsettled.append((self._ledgers[tier], run, seen_ns))
-                    self._bytes_sent += run.sent * len(record)
+        if self._fanout is not None and any(self._by_frames.values()):
+            self._send_frames(self._fanout, record, seen_ns)
+        for tier, batches in self._by_socket.items():
+            for run in batches.send(record):
+                self._unsettled.append((self._ledgers[tier], run, seen_ns))
+                self._bytes_sent += run.sent * len(record)
+
+    def _send_frames(self, fanout: Fanout, record: bytes, seen_ns: int) -> None:
+        started_ns = self._clock()
+        left = fanout.transmit(record)
+        ended_ns = self._clock()
+        self._bytes_sent += left * len(record)
+        for tier in self._by_socket:  # enterprise went first: what is missing is turbo's, as far as there were any
+            sent = min(left, self._by_frames[tier])
+            self._unsettled.append(
+                (self._ledgers[tier], Run(sent, self._by_frames[tier] - sent, started_ns, ended_ns), seen_ns)
+            )
+            left -= sent
 
     def _settle(self) -> None:
         """Count what was sent, afterwards."""
@@ -251,6 +277,10 @@ class UdpDelivery:
     def _on_timer(self) -> None:
         self._timer = self._loop.call_later(HOUSEKEEPING_S, self._on_timer)
         self._perform(self._leases.on_timer(self._clock()))
+        if self._fanout is not None:
+            self._look()
+            self._counters.rung = self._fanout.step.encode()
+            self._counters.reason = (self._fanout.reason or "").encode()[:159]
         leases, counters = self._leases, self._counters
         counters.unknown, counters.refused = leases.unknown, leases.refused
         counters.suppressed, counters.full = leases.suppressed, leases.full
@@ -274,15 +304,11 @@ class UdpDelivery:
         self.publish()  # whatever stands in the ring goes to the others first
         subscriber = self._subscribers[lease.token] = _Subscriber(lease)
         first = self._sequence + 1
-        if self._fanout is not None and self._fanout.join(lease):
-            subscriber.by_fanout = True
-            self._counters.by_fanout += 1
-            # A record that was written before it joined may have been sent before, too.
-            for sequence in range(first, self._ring.tail + 1):
-                if (record := self._ring.copy(sequence)) is not None:
-                    self._send_one(lease.address, record)
-        self._batches_of(subscriber).add(subscriber)
-        self._changed()
+        rung = Rung.SENDMMSG
+        if self._fanout is not None:
+            rung = self._fanout.join(lease.token, lease.address, lease.tier)
+        self._place(subscriber, rung)
+        self._make_up(subscriber)
         self._heartbeats.add(subscriber)
         self._accounts.accepted += 1
         self._ledgers[lease.tier].accounts.subscribers += 1
@@ -293,17 +319,54 @@ class UdpDelivery:
         lease = subscriber.lease
         del self._subscribers[lease.token]
         subscriber.closed = True
-        self._batches_of(subscriber).remove(subscriber)
-        self._changed()
-        if subscriber.by_fanout and self._fanout is not None:
-            self._fanout.leave(lease)
-            self._counters.by_fanout -= 1
+        self._take_off(subscriber)
+        if self._fanout is not None:
+            self._fanout.leave(lease.token)
         self._accounts.disconnected += 1
         self._ledgers[lease.tier].accounts.subscribers -= 1
 
-    def _batches_of(self, subscriber: _Subscriber) -> Batches:
-        roster = self._rosters[subscriber.lease.tier]
-        return roster.by_fanout if subscriber.by_fanout else roster.by_hand
+    def _look(self) -> None:
+        """Some may be served by another rung than before."""
+        assert self._fanout is not None
+        self.publish()
+        for token, rung in self._fanout.look(self._clock()):
+            subscriber = self._subscribers.get(token)
+            if subscriber is not None and subscriber.rung is not rung:
+                self._take_off(subscriber)
+                self._place(subscriber, rung)
+                self._make_up(subscriber)
+
+    def _place(self, subscriber: _Subscriber, rung: Rung) -> None:
+        subscriber.rung = rung
+        if rung is Rung.SENDMMSG:
+            self._by_socket[subscriber.lease.tier].add(subscriber)
+            self._changed()
+        elif rung is Rung.AF_XDP:
+            self._by_frames[subscriber.lease.tier] += 1
+        else:
+            self._count_live(subscriber.lease.tier, 1)
+
+    def _take_off(self, subscriber: _Subscriber) -> None:
+        if subscriber.rung is Rung.SENDMMSG:
+            self._by_socket[subscriber.lease.tier].remove(subscriber)
+            self._changed()
+        elif subscriber.rung is Rung.AF_XDP:
+            self._by_frames[subscriber.lease.tier] -= 1
+        else:
+            self._count_live(subscriber.lease.tier, -1)
+
+    def _count_live(self, tier: Tier, change: int) -> None:
+        if tier is Tier.ENTERPRISE:
+            self._counters.fanout_enterprise += change
+        else:
+            self._counters.fanout_turbo += change
+
+    def _make_up(self, subscriber: _Subscriber) -> None:
+        """The relay serves it from its next run on; what was written before it joined may have been sent by then."""
+        if subscriber.rung is Rung.LIVE_FRAMES:
+            for sequence in range(self._sequence + 1, self._ring.tail + 1):
+                if (record := self._ring.copy(sequence)) is not None:
+                    self._send_one(subscriber.address, record)
 
     def _changed(self) -> None:
         if not self._making_ready:
@@ -313,7 +376,7 @@ class UdpDelivery:
     def _make_ready(self) -> None:
         """One batch in each turn of the loop."""
         self._making_ready = False
-        if any(batches.make_ready() for roster in self._rosters.values() for batches in roster):
+        if any(batches.make_ready() for batches in self._by_socket.values()):
             self._changed()
 
     def _tell_inactive(self, lease: Lease, reason: UdpReason) -> None:

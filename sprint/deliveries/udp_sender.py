@@ -7,6 +7,7 @@ datagram.
 from __future__ import annotations
 
 import socket
+from enum import IntEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from xdp.sendmmsg import Multisend
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 
 BATCH: Final = 256
 """Datagrams a system call: more would save nothing, and their times would be known less well."""
+
+
+class Rung(IntEnum):
+    """How a subscriber is served, best first; the numbers are those of xdp.fanout_maps.Step."""
+
+    LIVE_FRAMES = 0
+    """By the relay, one system call for all."""
+    AF_XDP = 1
+    """By frames that stand ready."""
+    SENDMMSG = 2
+    """By a plain socket."""
 
 
 class Target:

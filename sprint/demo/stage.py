@@ -46,6 +46,7 @@ SETTLE_TIMEOUT_S = 15.0
 SHOWN_BLOCKS = 12
 FOLDER_PREFIX = "sprint-demo-"
 BYPASS_TIMEOUT_S = 20.0
+FANOUT_TIMEOUT_S = 10.0
 COUNTERS_TIMEOUT_S = 2.0
 
 
@@ -93,9 +94,11 @@ class Stage:
         self._node, theirs = context.Pipe()
         stack.callback(self._node.close)
         self._wire = wire_for(os.getpid()) if _wants_bypass() else None
+        node_pid = 0
         self._start(context, run_node, (theirs, INITIAL_BLOCKS, self._wire), theirs)
         if self._wire is not None:
-            lay(self._wire, self._node.recv())
+            node_pid = self._node.recv()
+            lay(self._wire, node_pid)
             self._node.send(None)
         host, port = self._node.recv()
         _remove_dead_folders()
@@ -108,11 +111,14 @@ class Stage:
         self.api, self.stream = self.relay.wait_until_healthy()
         if self._wire is not None:
             self._await_bypass()
+            self._await_fanout()
         self._subscribers: list[Pipe] = []
         for number in range(plan.subscribers):
             ours, theirs = context.Pipe()
             stack.callback(ours.close)
-            self._start(context, run_subscriber, (theirs, self.stream, key), theirs, tell_all=number == 0)
+            by_udp = self._wire is not None and (number > 0 or plan.subscribers == 1)
+            how = {"tell_all": number == 0, "beside": node_pid if by_udp else None}
+            self._start(context, run_subscriber, (theirs, self.stream, key), theirs, **how)
             self._subscribers.append(ours)
         if self.relay.shm_socket is not None:
             ours, theirs = context.Pipe()
@@ -174,8 +180,12 @@ class Stage:
         }
         if self._wire is not None:
             settings |= {"TIER": "enterprise", "ENABLE_KERNEL_BYPASS": "true", "INTERFACE": self._wire.near}
-        if self._plan.once:
-            return {**settings, "API_BIND": "127.0.0.1:0", "STREAM_BIND": "127.0.0.1:0", "ZMQ_BIND": "127.0.0.1:0"}
+        once = self._plan.once
+        if once:
+            settings |= {"API_BIND": "127.0.0.1:0", "ZMQ_BIND": "127.0.0.1:0"}
+        if once or self._wire is not None:  # subscribers by UDP come over the wire
+            host = "127.0.0.1" if self._wire is None else self._wire.near_address
+            settings |= {"STREAM_BIND": f"{host}:{0 if once else 8434}", "UDP_BIND": f"{host}:{0 if once else 8436}"}
         return settings
 
     @staticmethod
@@ -190,6 +200,12 @@ class Stage:
             bypass = self.relay.ask("turbo-status")["kernelBypass"]
             if bypass["active"] or bypass["reason"] not in {NOT_YET, LOADING}:
                 return
+            time.sleep(0.05)
+
+    def _await_fanout(self) -> None:
+        """Until live frames can be sent, or it has taken too long; plain sockets serve then."""
+        deadline = time.monotonic() + FANOUT_TIMEOUT_S
+        while time.monotonic() < deadline and self.relay.ask("deliveries")["udp"]["rung"] != "live_frames":
             time.sleep(0.05)
 
     def _await_ready(self) -> None:

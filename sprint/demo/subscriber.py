@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sprint.client import Subscribed, events
+from sprint.demo.wire import join_namespace
 from sprint.events import Event
+from sprint.frames import UdpChange, UdpState
 from sprint.record import Record
 from sprint.shared_reader import SharedReader
 
@@ -68,16 +70,23 @@ class _Checker:
             self._pipe.send(Delivered(block_hash, self._came.pop(block_hash)))
 
 
-def run_subscriber(pipe: Pipe, address: str, key: str, *, tell_all: bool) -> None:
+def run_subscriber(pipe: Pipe, address: str, key: str, *, tell_all: bool, beside: int | None = None) -> None:
     """Subscribe to the stream and report by `pipe`, which brings the hashes mined; ends when its other end is closed.
 
-    `tell_all`: report every record too, for the view.
+    `tell_all`: report every record too, for the view. `beside` a process: by UDP, in that one's network namespace.
     """
     checker = _checker(pipe)
-    for item in events(address, key=key):
+    if beside is not None:
+        join_namespace(beside)
+    subscribed: Subscribed | None = None
+    for item in events(address, key=key, udp=beside is not None):
         now_ns = time.monotonic_ns()
         if isinstance(item, Subscribed):
-            pipe.send(Ready(item.tier, item.write_deadline))
+            subscribed = item
+            if beside is None:
+                pipe.send(Ready(item.tier, item.write_deadline))
+        elif isinstance(item, UdpChange) and item.state is UdpState.ACTIVE and subscribed is not None:
+            pipe.send(Ready(f"{subscribed.tier}, UDP", subscribed.write_deadline))
         elif isinstance(item, Record):
             if item.event is Event.PROVEN:
                 checker.came(item.hash, now_ns - item.seen_ns)

@@ -6,7 +6,11 @@ The namespace has no name and lives as long as the node's process; the veth pair
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import socket
+import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
@@ -14,6 +18,8 @@ from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no type
 from sprint.errors import HostError
 
 _CLONE_NEWNET = 0x4000_0000
+_SIOCETHTOOL, _ETHTOOL_SGRO = 0x8946, 0x2C
+"""linux/sockios.h, linux/ethtool.h."""
 _PREFIX_LENGTH = 30
 
 
@@ -52,10 +58,22 @@ def lay(wire: Wire, node_pid: int) -> None:
         raise HostError(f"the demo's wire {wire.near}: {error}") from None
 
 
+def join_namespace(pid: int) -> None:
+    """Put this process into that process's network namespace. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/proc/{pid}/ns/net", "rb") as namespace:
+        if libc.setns(namespace.fileno(), _CLONE_NEWNET):
+            code = ctypes.get_errno()
+            raise OSError(code, f"network namespace of process {pid}: {os.strerror(code)}")
+
+
 def connect_far_end(wire: Wire) -> None:
-    """In the node's process: give the far end its address."""
+    """In the node's process: give the far end its address, and have it take live frames, which GRO does on a veth."""
     with IPRoute() as route:
         _bring_up(route, wire.far, wire.far_address)
+    value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_SGRO, 1), 8)
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:  # else it goes without them
+        fcntl.ioctl(control, _SIOCETHTOOL, struct.pack("=16sQ16x", wire.far.encode(), ctypes.addressof(value)))
 
 
 def _bring_up(route: IPRoute, name: str, address: str) -> None:

@@ -44,7 +44,11 @@ class RebuildLine:
 class RebuildSource:
     """Whole blocks, as the worker reports them."""
 
-    def __init__(self, line: RebuildLine) -> None:
+    def __init__(self, line: RebuildLine, every: int = 1) -> None:
+        """`every`: look at the line in one turn of so many, for a loop that spins: a look costs as much as at a peer's
+        socket, and what comes here is in no hurry."""
+        self._every = every
+        self._turn = 0
         self._socket = line.reading
         self._epoll = select.epoll()
         self._epoll.register(self._socket, select.EPOLLIN)
@@ -55,7 +59,8 @@ class RebuildSource:
 
     def poll(self, now_ns: int) -> list[Heard]:  # noqa: ARG002 - nothing here goes by the clock
         """What it has said."""
-        if not self._epoll.poll(0, 1):
+        self._turn += 1
+        if self._turn % self._every or not self._epoll.poll(0, 1):
             return []
         heard: list[Heard] = []
         with suppress(BlockingIOError):

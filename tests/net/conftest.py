@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.net.netns import Namespace, veth_pair
+from tests.net.slowness import SLOWNESS
 from tests.net.subscribers import SOURCE_PORT, Cable, switch_gro
 from xdp import loader
 from xdp.fanout import Fanout, open_fanout
@@ -29,11 +30,19 @@ def bpf_loadable() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="module")
-def loaded(bpf_loadable: None) -> Iterator[loader.Loaded]:
-    """capture.c for regtest, loaded once for a module's tests and attached to nothing."""
-    with loader.load(REGTEST_MAGIC, [REGTEST_PORT]) as programs:
+@pytest.fixture(scope="session")
+def capture_programs(bpf_loadable: None) -> Iterator[loader.Loaded]:
+    """capture.c, loaded once: seconds here, minutes where the machine is emulated."""
+    with loader.load(REGTEST_MAGIC, [REGTEST_PORT], timeout_s=loader.TIMEOUT_S * SLOWNESS) as programs:
         yield programs
+
+
+@pytest.fixture(scope="module")
+def loaded(capture_programs: loader.Loaded) -> loader.Loaded:
+    """capture.c for regtest, as a module's tests find it, and attached to nothing."""
+    capture_programs.watch([REGTEST_PORT])
+    capture_programs.configure(express=1, wakeup=1, mirror_ifindex=0, every_magic=1)
+    return capture_programs
 
 
 # ── the fan-out ──
@@ -48,7 +57,7 @@ def launch(bpf_loadable: None) -> Iterator[Namespace]:
 
 @pytest.fixture(scope="module")
 def fanout(launch: Namespace) -> Iterator[Fanout]:
-    with open_fanout() as opened:
+    with open_fanout(loader.TIMEOUT_S * SLOWNESS) as opened:
         yield opened
 
 

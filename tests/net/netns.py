@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
+from tests.net.slowness import SLOWNESS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -88,7 +90,7 @@ class Namespace:
             try:
                 raw.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
                 raw.bind((name, ETH_P_ALL))
-                raw.settimeout(5)
+                raw.settimeout(5 * SLOWNESS)
             except OSError:
                 raw.close()
                 raise
@@ -144,7 +146,7 @@ class Veth:
 
     def wait_until_running(self) -> None:
         """Until the kernel's link watch has noticed the carrier: before that an end silently drops what it sends."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 5 * SLOWNESS
         with self.namespace.entered(), IPRoute(groups=0) as route:
             # Not IFF_RUNNING, which is set in the unknown state too.
             while next(iter(route.get_links(self.index))).get("operstate") != "UP":

@@ -19,6 +19,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Raw
 
+from tests.net.slowness import SLOWNESS
 from xdp.datagrams import NextHop
 from xdp.fanout_maps import Rank
 
@@ -32,7 +33,7 @@ SO_RCVBUFFORCE, SIOCETHTOOL, SET_GRO = 33, 0x8946, 0x2C
 BUFFER = 256 << 20
 US, US6 = bytes((10, 88, 0, 0)), bytes((0xFD, 88)) + bytes(14)
 SOURCE_PORT = 8436
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0 * SLOWNESS
 
 
 class Cable(NamedTuple):

@@ -20,6 +20,7 @@ import pytest
 from tests.net import packets, tiny_bpf
 from tests.net.conftest import REGTEST_MAGIC, REGTEST_PORT
 from tests.net.netns import Namespace, Veth, veth_pair
+from tests.net.slowness import SLOWNESS
 from xdp import kernel, links
 from xdp.attachment import AttachError, Attachment, Mode, attach, self_test_packet
 from xdp.capture import Capture, close_handover
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from xdp.loader import Loaded
 
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0 * SLOWNESS
 BOTH = (Backend.RINGBUF, Backend.AF_XDP)
 
 

@@ -11,10 +11,12 @@ import pytest
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
 from tests.net.netns import Namespace, veth_pair
+from tests.net.slowness import SLOWNESS
 from tests.net.subscribers import SOURCE_PORT, Cable, Collector, read, switch_gro
-from xdp import egress as egress_module
+from xdp import egress_frames
 from xdp.datagrams import packed
-from xdp.egress import RETRY_NS, Egress
+from xdp.egress import Egress
+from xdp.egress_frames import RETRY_NS
 from xdp.fanout_maps import EGRESS, FanoutHandover, Rank, Sender, Step
 from xdp.fanout_run import SHORT_RUNS, FanoutRun
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from xdp.fanout import Fanout
 
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0 * SLOWNESS
 PEOPLE = [packed(f"10.62.0.{last}") for last in range(10, 20)]
 RECORD = bytes(range(192))
 
@@ -214,7 +216,7 @@ def test_a_device_deleted_leaves_all_behind_it_to_plain_sockets_and_its_place_fr
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes network namespaces and links")
 def test_without_a_fan_out_everybody_is_served_by_af_xdp_and_growth_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(egress_module, "_SMALLEST", 4)
+    monkeypatch.setattr(egress_frames, "SMALLEST", 4)
     with Namespace() as near, Namespace() as far, near.entered():
         pair = Cable(*veth_pair(near, far, addresses=("10.62.0.1/24", "10.62.0.10/24")))
         with far.entered(), IPRoute(groups=0) as route:
@@ -226,6 +228,21 @@ def test_without_a_fan_out_everybody_is_served_by_af_xdp_and_growth_keeps_all(mo
             with Collector(pair.far) as collector:
                 assert egress.transmit(RECORD) == len(PEOPLE)
                 assert sorted(arrived(collector, len(PEOPLE))) == DUE
+
+
+def test_an_af_xdp_socket_that_failed_is_made_anew_with_everybody_in_it(
+    relay: FanoutRun, egress: Egress, lan: Cable
+) -> None:
+    steps = all_join(egress)
+    switch_gro(lan.far, on=False)
+    watch(egress, steps, lambda: set(steps.values()) == {Step.AF_XDP})
+    frames = egress._frames[lan.near.index]
+    frames.close()  # as after an error
+    assert egress.transmit(RECORD) == 0
+    assert frames.open(time.monotonic_ns())
+    with Collector(lan.far) as collector:
+        assert egress.transmit(RECORD) == len(PEOPLE)
+        assert sorted(arrived(collector, len(PEOPLE))) == DUE
 
 
 def test_a_name_joins_once(egress: Egress) -> None:

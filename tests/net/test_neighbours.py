@@ -12,6 +12,7 @@ import pytest
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
 from tests.net.netns import Namespace, Veth, veth_pair
+from tests.net.slowness import SLOWNESS
 from xdp import neighbours
 from xdp.datagrams import NextHop, packed
 from xdp.neighbours import NextHops
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes network namespaces and links")
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0 * SLOWNESS
 US, PEER, FAR_AWAY = packed("10.60.0.1"), packed("10.60.0.2"), packed("192.0.2.7")
 US6, PEER6 = packed("fd60::1"), packed("fd60::2")
 

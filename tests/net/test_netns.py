@@ -16,6 +16,7 @@ import pytest
 
 from tests.net.forwarder import Counts, Policy, bad_wire
 from tests.net.netns import Namespace, veth_pair
+from tests.net.slowness import SLOWNESS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes network namespaces and links")
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,14 +31,14 @@ def transfer(near: Namespace, far: Namespace, address: str, data: bytes) -> byte
         near.open_socket(family, socket.SOCK_STREAM) as sender,
     ):
         for end in (listener, sender):
-            end.settimeout(20)
+            end.settimeout(20 * SLOWNESS)
         listener.bind((address, 8333))
         listener.listen()
 
         def receive() -> None:
             connection, _ = listener.accept()
             with connection:
-                connection.settimeout(20)
+                connection.settimeout(20 * SLOWNESS)
                 while chunk := connection.recv(65536):
                     received.extend(chunk)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.net.slowness import SLOWNESS
 from tests.net.tiny_bpf import (
     ARRAY,
     CSUM_DIFF,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: loads BPF programs")
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0 * SLOWNESS
 
 
 COUNT, FULL = 0, 1

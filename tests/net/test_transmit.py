@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.net.netns import Namespace, Veth, veth_pair
+from tests.net.slowness import SLOWNESS
 from tests.net.subscribers import SOURCE_PORT, US, Cable, Collector, addresses, expected, read, scapy_agrees
 from xdp.datagrams import NextHop, udp_headers
 from xdp.sendmmsg import Multisend
@@ -95,7 +96,7 @@ def test_a_datagram_goes_to_each_of_thousands_by_sendmmsg(ends: tuple[Veth, Veth
     ):
         receiver.bind(("10.61.0.2", 0))
         receiver.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
-        receiver.settimeout(5)
+        receiver.settimeout(5 * SLOWNESS)
         sender.setsockopt(socket.SOL_SOCKET, 32, 64 << 20)  # SO_SNDBUFFORCE
         port = receiver.getsockname()[1]
         ready = Multisend(family, [(there, port)] * 2500)
@@ -111,7 +112,7 @@ def test_a_destination_that_is_refused_keeps_nobody_else_from_getting_it(ends: t
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
     ):
         receiver.bind(("10.61.0.2", 0))
-        receiver.settimeout(5)
+        receiver.settimeout(5 * SLOWNESS)
         port = receiver.getsockname()[1]
         nowhere, everybody = socket.inet_aton("192.0.2.1"), socket.inet_aton("10.61.0.255")
         there = socket.inet_aton("10.61.0.2")

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
+from tests.net.netns import Namespace, veth_pair
+from tests.net.slowness import SLOWNESS
 from xdp.attachment import attach
 from xdp.capture import Capture
 from xdp.interfaces import interface
 from xdp.links import leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from xdp.attachment import Mode
+    from xdp.attachment import Attachment, Mode
     from xdp.loader import Loaded
 
 NIC = os.environ.get("SPRINT_TEST_NIC", "")
@@ -28,7 +30,7 @@ ETH_P_ARP = 0x0806
 OURS, GATEWAY = socket.inet_aton("10.0.2.15"), socket.inet_aton("10.0.2.2")
 """Of qemu's user network, whose gateway answers ARP."""
 TOO_LARGE_MTU = 9_000  # for a program without fragments on pages of 4 KiB
-PATIENCE_S = 30
+PATIENCE_S = 5 * SLOWNESS
 
 
 def set_link(**attributes: object) -> None:
@@ -60,12 +62,28 @@ def ask_the_gateway() -> None:
                 return
 
 
+def rung(attachment: Attachment) -> str:
+    """For the table of `./run vm`."""
+    return attachment.mode if attachment.reason is None else f"{attachment.mode} ({attachment.reason})"
+
+
+def test_a_veth_pair_gets_native_xdp_too(loaded: Loaded, record_property: Callable[[str, object], None]) -> None:
+    with Namespace() as near, Namespace() as far, near.entered():
+        veth_pair(near, far)
+        with attach(loaded, "near") as attachment:
+            record_property("veth", rung(attachment))
+            assert (attachment.mode, attachment.reason) == ("native", None)
+
+
 def test_the_driver_is_virtio_s(nic: str) -> None:
     assert interface(nic).driver == "virtio_net"
 
 
-def test_it_gets_native_xdp_proven_by_the_self_test_and_its_driver_calls_the_program(loaded: Loaded, nic: str) -> None:
+def test_it_gets_native_xdp_proven_by_the_self_test_and_its_driver_calls_the_program(
+    loaded: Loaded, nic: str, record_property: Callable[[str, object], None]
+) -> None:
     with attach(loaded, nic) as attachment, Capture(attachment.handover()):
+        record_property("virtio_net", rung(attachment))
         assert (attachment.mode, attachment.reason) == ("native", None)
         assert [attached.mode for attached in interface(nic).xdp] == ["native"]
         before = attachment.counters()["packets"]
@@ -84,9 +102,12 @@ def test_each_lower_rung_is_proven_too_and_sees_what_the_driver_receives(loaded:
         assert attachment.counters()["packets"] > before
 
 
-def test_with_an_mtu_that_native_xdp_can_t_take_it_gets_generic_xdp_and_the_reason(loaded: Loaded, nic: str) -> None:
+def test_with_an_mtu_that_native_xdp_can_t_take_it_gets_generic_xdp_and_the_reason(
+    loaded: Loaded, nic: str, record_property: Callable[[str, object], None]
+) -> None:
     set_link(mtu=TOO_LARGE_MTU)
     with attach(loaded, nic) as attachment:
+        record_property("too_large_mtu", rung(attachment))
         assert attachment.mode == "generic"
         assert attachment.reason is not None
         assert attachment.reason.startswith("native: ")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.net.netns import Namespace, Veth, veth_pair
+from tests.net.slowness import SLOWNESS
 from tests.net.tiny_bpf import (
     XDP,
     XSKMAP,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: namespaces, XDP and AF_XDP")
 
 SMALL = Geometry(chunks=16, chunk_bytes=2048, rx_entries=16)
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0 * SLOWNESS
 
 
 class Bench:

@@ -115,7 +115,8 @@ def test_a_node_that_has_a_thousand_blocks_yields_no_record_of_them_and_a_fork_f
             (mined,) = bcoin.mine(1)
             for log in (raw, since):
                 log.wait_for_hashes("validated", [mined])
-                assert [(one["seq"], one["hash"]) for one in log.events] == [(1, mined), (2, mined)]
+                assert {one["hash"] for one in log.events} == {mined}
+                assert [one["seq"] for one in log.events][:2] == [1, 2]
             product.wait_for_tip(1_001)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import random
 import socket
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,24 @@ COINBASE = coinbase_transaction(1)
 MODULUS = 1 << 32
 Packet = tuple[int, bytes, int]
 """How far from the flow's next byte, the payload, and TCP's flags."""
+
+
+class Upstream(ScriptedPeer):
+    """One that serves headers to everybody who connects, and says nothing by itself: some of Sprint's processes do."""
+
+    def _serve(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve_one, args=(connection,), daemon=True).start()
+
+    def _serve_one(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(PATIENCE_S)
+            with contextlib.suppress(OSError, EOFError):
+                self._converse(connection)
 
 
 class Flow:
@@ -159,7 +178,7 @@ def attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attack]:
         nic, wire = veth_pair(near, far, ("nic", "wire"), addresses=(f"{NEAR}/24", f"{FAR}/24"))
         with far.entered():
             served = make_branch(REGTEST.genesis_header, HEIGHT, "before")
-            upstream = stack.enter_context(ScriptedPeer(HEIGHT, served, host=FAR))
+            upstream = stack.enter_context(Upstream(HEIGHT, served, host=FAR))
         upstream.open()
         product = stack.enter_context(captured(tmp_path_factory.mktemp("spoofed"), "nic", upstream.address))
         product.wait_for_tip(HEIGHT)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 NOBODY = "127.0.0.1:9"
 """An upstream that is never there: the discard port."""
+CHANNELS = 4
+"""The stream worker's, and those of udp, shm and zmq."""
 START_LINE = "⚡ Starting memory-optimized sprint with tight deadlines"
 
 
@@ -93,7 +95,7 @@ def test_without_memfd_the_standard_engine_takes_over_says_so_and_relays(
         assert product.stop() == 0
 
 
-@pytest.mark.parametrize("variable", ["API_BIND", "STREAM_BIND"])
+@pytest.mark.parametrize("variable", ["API_BIND", "STREAM_BIND", "ZMQ_BIND"])
 def test_a_taken_port_is_no_reason_for_the_other_engine(variable: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -140,19 +142,22 @@ def test_the_memory_channel_switch_changes_what_wakes_the_workers(
             JsonStream(product.stream) as raw,
             product.reader() as reader,
         ):
-            raw.wait_for_hashes("validated", bcoin.mine(2))
-            assert [reader.next(5) is None for _ in range(4)] == [False] * 4
+            first = bcoin.mine(2)
+            for event in ("validated", "rebuilt"):
+                raw.wait_for_hashes(event, first)
+            assert [reader.next(5) is None for _ in range(6)] == [False] * 6
             sockets = udp_waiting(worker)
-            assert len(sockets) == (0 if channel else 2)  # the stream's and that of shm
+            assert len(sockets) == (0 if channel else CHANNELS)
             os.kill(worker, signal.SIGSTOP)
             try:
                 mined = bcoin.mine(1)
-                product.wait_for("health", lambda answer: answer["sequence"] >= 6, "the block")
+                product.wait_for("health", lambda answer: answer["sequence"] >= 9, "the block")
                 assert any(udp_waiting(worker)) is not channel
             finally:
                 os.kill(worker, signal.SIGCONT)
-            raw.wait_for_hashes("validated", mined)
-            assert len(raw.events) == 6
+            for event in ("validated", "rebuilt"):
+                raw.wait_for_hashes(event, mined)
+            assert len(raw.events) == 9
         assert product.stop() == 0
 
 
@@ -160,7 +165,7 @@ def test_a_relay_that_takes_over_wakes_the_workers_for_what_the_dead_one_may_hav
     settings = {**QUIET, "USE_MEMORY_CHANNEL": "false", "DELIVERY_WORKERS": "1"}
     with Product(tmp_path, NOBODY, **settings) as product:
         worker = all_processes(product)["stream-0"]
-        until(lambda: len(udp_waiting(worker)) == 2 and not any(udp_waiting(worker)), "the first wake-up taken")
+        until(lambda: len(udp_waiting(worker)) == CHANNELS and not any(udp_waiting(worker)), "the first wake-up taken")
         os.kill(worker, signal.SIGSTOP)
         try:
             # Each channel is known in every process; that of shm is emptied by its own worker.

@@ -104,7 +104,7 @@ def refused_start(product: Product) -> str:
     return said[0]
 
 
-@pytest.mark.parametrize("variable", ["API_BIND", "STREAM_BIND"])
+@pytest.mark.parametrize("variable", ["API_BIND", "STREAM_BIND", "ZMQ_BIND"])
 def test_a_taken_port_stops_the_start_with_one_line_that_names_it(variable: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -159,7 +159,7 @@ def test_after_a_restart_no_old_block_is_published_again_and_the_next_one_is(bco
             assert raw.answer["next"] == 1
             (mined,) = bcoin.mine(1)
             raw.wait_for_hashes("validated", [mined])
-            assert [one["hash"] for one in raw.events] == [mined, mined]
+            assert {one["hash"] for one in raw.events} == {mined}
 
 
 def test_killed_while_it_writes_headers_it_starts_again_from_what_is_whole(bcoin: BcoinNode, tmp_path: Path) -> None:

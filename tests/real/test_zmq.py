@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import select
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
+from sprint import zmq_sockets
+from sprint.addresses import parse_address
+from sprint.events import MessagesMissed, Source
 from sprint.regtest import RegtestChain
+from sprint.sources.zmq import ZmqSource
+from sprint.status import StatusBlock
 from tests.real.bitcoind import Bitcoind, missing
 from tests.real.children import QUIET, kill_and_await
 from tests.real.product import Product, run_sprint
@@ -18,7 +24,7 @@ from tests.real.subscribers import JsonStream
 from tests.real.zmq_readers import BLOCK_TOPICS, LossyProxy, Message, ZmqReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.real.bcoin import BcoinNode
@@ -61,7 +67,7 @@ def header_of(node: Bitcoind, block_hash: str) -> bytes:
     return node.raw_block(block_hash)[:80]
 
 
-def wait_until_connected(product: Product) -> None:
+def wait_until_connected(product: Product, reader: ZmqReader) -> None:
     """Wait until all sources stand and one reader has come: what is said now reaches it."""
     product.wait_for("sources", lambda answer: all(one["connected"] for one in answer["sources"]), "all sources")
 
@@ -69,7 +75,9 @@ def wait_until_connected(product: Product) -> None:
         return any(row["name"] == "zmq" and row["accepted"] for row in answer["deliveries"])
 
     product.wait_for("deliveries", has_come, "the reader")
-    time.sleep(0.1)  # neither side can tell that the subscription itself has arrived, a packet after the connection
+    # The subscription is a packet behind the connection, and only a socket that is read from sends it again.
+    while reader.read(0.3) is not None:
+        pass
 
 
 def wait_until_heard(node: Bitcoind, *readers: ZmqReader) -> str:
@@ -125,7 +133,7 @@ def test_a_branch_that_wins_is_told_as_the_node_tells_it(
     product = stack.enter_context(Product(tmp_path, peer.address, **QUIET, ZMQ_NODE=bitcoind.zmq_address))
     product.wait_until_healthy()
     ours = stack.enter_context(ZmqReader(zmq_of(product), *BLOCK_TOPICS, "sequence"))
-    wait_until_connected(product)
+    wait_until_connected(product, ours)
     chain, now_s = RegtestChain(), int(time.time())
     losers = chain.extend(2, now_s)
     winners = chain.extend(3, now_s, parent=chain.headers.hash_at(0), extra=b"/other/")
@@ -158,7 +166,7 @@ def test_with_proof_by_a_node_the_node_builds_on_the_block_when_the_message_come
     product.wait_until_healthy()
     reader = stack.enter_context(ZmqReader(zmq_of(product), "hashblock", "sprint"))
     stream = stack.enter_context(JsonStream(product.stream))
-    wait_until_connected(product)
+    wait_until_connected(product, reader)
     for block in RegtestChain().extend(5, int(time.time())):
         shown = block.hash[::-1].hex()
         peer.announce(block.header.encode(), "cmpctblock")
@@ -181,7 +189,7 @@ def test_with_proof_by_header_the_message_comes_before_any_node_has_the_block(
     product = stack.enter_context(Product(tmp_path, peer.address, **QUIET, ZMQ_PROOF="header"))
     product.wait_until_healthy()
     reader = stack.enter_context(ZmqReader(zmq_of(product), "hashblock"))
-    wait_until_connected(product)
+    wait_until_connected(product, reader)
     for block in RegtestChain().extend(3, int(time.time())):
         peer.announce(block.header.encode(), "cmpctblock")
         product.wait_for_log(block.hash[::-1].hex())
@@ -226,7 +234,7 @@ def test_a_publisher_killed_and_started_again_is_heard_again_and_no_block_is_mis
     stream = stack.enter_context(JsonStream(product.stream))
     ours = stack.enter_context(ZmqReader(zmq_of(product), "hashblock"))
     name = bitcoind.zmq_address
-    wait_until_connected(product)
+    wait_until_connected(product, ours)
     mined = [wait_until_heard(bitcoind, ours)]
     bitcoind.rpc("gettxoutsetinfo")  # which writes the chain to the disk: the block must survive
     bitcoind.kill()
@@ -243,6 +251,32 @@ def test_a_publisher_killed_and_started_again_is_heard_again_and_no_block_is_mis
     ours.wait_for_tip(mined[-1])
     stream.wait_for_hashes("validated", mined)
     assert [one for one in ours.hashes() if one in mined] == mined
+
+
+def test_a_publisher_whose_host_falls_silent_is_given_up_and_found_again(
+    bitcoind: Bitcoind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zmq_sockets, "HEARTBEAT_MS", 100)
+    monkeypatch.setattr(zmq_sockets, "HEARTBEAT_TIMEOUT_MS", 400)
+    status = StatusBlock.create(1, {})
+    source = ZmqSource([parse_address(bitcoind.zmq_address)], lambda: b"", status)
+    heard: list[object] = []
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            select.select([source.fileno()], [], [], 0.05)
+            heard.extend(source.poll(time.monotonic_ns()))
+            source.account()
+
+    wait_until(lambda: bool(status.peers()[0].connected))
+    with bitcoind.frozen():
+        wait_until(lambda: not status.peers()[0].connected)
+        assert status.peers()[0].last_error == b"connection lost"
+    wait_until(lambda: bool(status.peers()[0].connected))
+    assert heard == [MessagesMissed(Source.ZMQ, bitcoind.zmq_address)]
+    source.close()
 
 
 def _height(node: Bitcoind) -> int:
@@ -266,7 +300,7 @@ def test_bcoin_to_sprint_to_a_plain_zmq_reader_and_a_keyed_turbo_stream(
     )
     assert stream.answer["tier"] == "turbo"
     reader = stack.enter_context(ZmqReader(zmq_of(product), "hashblock", "rawblock"))
-    wait_until_connected(product)
+    wait_until_connected(product, reader)
     mined = bcoin.mine(1) + bcoin.mine(3)
     reader.wait_for_tip(mined[-1])
     template = bcoin.rpc("getblocktemplate", {"rules": ["segwit"]})
@@ -289,7 +323,7 @@ def test_a_publishing_process_that_is_killed_is_back_and_its_readers_with_it(
     product = stack.enter_context(Product(tmp_path, bcoin.p2p_address, **QUIET))
     product.wait_until_healthy()
     reader = stack.enter_context(ZmqReader(zmq_of(product), "hashblock", "rawblock"))
-    wait_until_connected(product)
+    wait_until_connected(product, reader)
     first = bcoin.mine(1)
     reader.wait_for_tip(first[0])
     kill_and_await(product, "zmq")

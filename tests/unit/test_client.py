@@ -28,7 +28,7 @@ from sprint.deliveries.gate import OpenGate
 from sprint.deliveries.stream import StreamDelivery
 from sprint.errors import RemoteProtocolError
 from sprint.events import Event, Lapped, Source, State
-from sprint.frames import Format, Heartbeat, heartbeat_frame, lost_frame, record_frame
+from sprint.frames import Format, Heartbeat, UdpChange, heartbeat_frame, lost_frame, record_frame, udp_frame
 from sprint.record import Record
 from sprint.ring import Ring, RingWriter, size_for
 from sprint.status import StatusBlock
@@ -56,6 +56,8 @@ def record(sequence: int, session: int = SESSION, **changes: Any) -> Record:
 def frame(item: Item) -> bytes:
     if isinstance(item, Record):
         return record_frame(item.encode(), Format.BINARY)
+    if isinstance(item, UdpChange):
+        return udp_frame(item, Format.BINARY)
     return lost_frame(item, Format.BINARY) if isinstance(item, Lapped) else heartbeat_frame(item, Format.BINARY)
 
 

@@ -15,9 +15,13 @@ from sprint.frames import (
     FrameDecoder,
     Heartbeat,
     Item,
+    UdpChange,
+    UdpReason,
+    UdpState,
     heartbeat_frame,
     lost_frame,
     record_frame,
+    udp_frame,
 )
 from sprint.record import Record
 
@@ -30,6 +34,7 @@ u64 = st.integers(0, (1 << 64) - 1)
 ITEMS = st.one_of(
     st.builds(Heartbeat, u64, u64, u64),
     st.builds(Lapped, u64, u64),
+    st.builds(UdpChange, st.sampled_from(UdpState), st.sampled_from(UdpReason), u64),
     st.builds(lambda n, h: replace(RECORD, sequence=n, hash=h), u64, st.binary(min_size=32, max_size=32)),
 )
 
@@ -37,6 +42,8 @@ ITEMS = st.one_of(
 def frame(item: Item, form: Format = Format.BINARY) -> bytes:
     if isinstance(item, Record):
         return record_frame(item.encode(), form)
+    if isinstance(item, UdpChange):
+        return udp_frame(item, form)
     return lost_frame(item, form) if isinstance(item, Lapped) else heartbeat_frame(item, form)
 
 
@@ -121,6 +128,9 @@ def test_json_is_one_line_an_item(item: Item) -> None:
         assert value["state"] == ["proven", "validated"]
     elif isinstance(item, Lapped):
         assert value == {"event": "lost", "first": item.first, "lost": item.lost}
+    elif isinstance(item, UdpChange):
+        assert (value["event"], value["state"], value["next"]) == ("udp", item.state.name.lower(), item.next)
+        assert value["reason"] == (item.reason.name.lower() if item.reason else None)
     else:
         assert (value["event"], value["seq"], value["session"]) == ("heartbeat", item.sequence, f"{item.session:016x}")
         assert value["time"] == pytest.approx(item.wall_ns / 1e9)

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("app_memory",),
     ("app_relay", "app_workers"),
     ("app_bypass", "app_zmq"),
+    ("egress",),
     ("ingress",),
     ("composition", "uplinks"),
     ("api", "client", "deliveries", "engines", "sources"),
@@ -77,7 +78,9 @@ IMPURE = {"socket", "asyncio", "selectors", "select", "threading", "time", "logg
 MAY_IMPORT_XDP = {
     "sources.capture",
     "deliveries.udp",
+    "deliveries.udp_fanout",
     "deliveries.udp_sender",
+    "egress",
     "app",
     "app_bypass",
     "ingress",

@@ -52,8 +52,17 @@ def test_a_command_that_can_t_be_meant_is_refused(words: list[str], capsys: pyte
 
 
 def test_the_root_tests_are_run_unless_others_are_named() -> None:
-    assert "tests/net" in vm.pytest_words(["-k", "native"])
-    assert "tests/net" not in vm.pytest_words(["tests/real/test_blocks.py"])
+    assert "tests/net" in vm.pytest_words(["-k", "native"], emulated=True)
+    named = vm.pytest_words(["tests/net/test_bypass.py"], emulated=True)
+    assert "tests/net" not in named
+    assert not [word for word in named if word.startswith("--ignore")]
+
+
+def test_what_takes_too_long_emulated_is_left_out_only_there_and_exists() -> None:
+    left_out = {word.removeprefix("--ignore=") for word in vm.pytest_words([], emulated=True) if "--ignore" in word}
+    assert left_out == set(vm.VOLUME)
+    assert all((vm.ROOT / path).exists() for path in left_out)
+    assert not [word for word in vm.pytest_words([], emulated=False) if "--ignore" in word]
 
 
 def test_the_guest_s_words_survive_the_shell_in_between(tmp_path: Path) -> None:
@@ -62,7 +71,7 @@ def test_the_guest_s_words_survive_the_shell_in_between(tmp_path: Path) -> None:
     assert words[:3] == ["/opt/vng", "--run", "/k/boot/vmlinuz-6.1.0-56-amd64"]
     assert "--disable-kvm" in words
     guest = shlex.split(words[words.index("--exec") + 1])
-    assert guest == ["bash", "/snap/vagrant/guest.sh", "/a b", "/snap", "/k", "-k", "not (x or y)"]
+    assert guest == ["bash", "/snap/vagrant/guest.sh", "/a b", "/snap", "/k", "40", "-k", "not (x or y)"]
 
 
 def test_the_copy_of_a_checkout_has_its_own_files_and_nothing_that_a_set_up_made(tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def test_whatever_happens_every_record_is_told_or_told_lost_once_in_order_and_co
         elif isinstance(item, Lapped):
             assert item.first == expected
             expected += item.lost
-        else:
+        elif isinstance(item, Heartbeat):
             assert item.sequence == expected - 1
     assert expected == bench.feed.sequence + 1
     ended = bench.ended()

@@ -1,0 +1,99 @@
+"""The three ways in which the product sends the same datagram to many, and the first of them on two CPUs.
+
+One process holds them all: the fan-out, its table, an AF_XDP socket and a plain one. All ways send to the same ports of
+the far end's address, in the same order.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from sprint.bench.detect_wire import FAR_ADDRESS
+from sprint.bench.fanout_figures import AF_XDP, LIVE, LIVE_TWO, SENDMMSG, Sent
+from sprint.bench.fanout_sink import FIRST_PORT, SOURCE_PORT
+from sprint.errors import HostError
+from xdp.datagrams import udp_headers
+from xdp.fanout import open_fanout
+from xdp.fanout_maps import Rank, Sender
+from xdp.fanout_run import FanoutRun
+from xdp.fanout_table import FanoutTable
+from xdp.loader import LoadError
+from xdp.sendmmsg import Multisend
+from xdp.transmit import Transmitter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
+    from sprint.bench.fanout_wire import Wire
+
+FIRST_RANK_SHARE = 10
+"""One of so many subscribers is enterprise, the others are turbo."""
+_SEND_BUFFER = 8 << 20
+_SO_SNDBUFFORCE = 32
+
+
+def be_datagram_sender(control: Connection, wire: Wire, most: int, second_cpu: int | None) -> None:
+    """The process: opens everything, then adds subscribers and publishes as it is told."""
+    try:
+        with ExitStack() as stack:
+            senders = _Senders(stack, wire, most, second_cpu)
+            control.send(tuple(senders.ways))
+            while True:
+                what, *arguments = control.recv()
+                control.send(senders.publish(*arguments) if what == "publish" else senders.add(*arguments))
+    except (LoadError, OSError) as error:
+        control.send(HostError(f"fanout: {error}"))
+
+
+class _Senders:
+    def __init__(self, stack: ExitStack, wire: Wire, most: int, second_cpu: int | None) -> None:
+        self._hop = wire.next_hop
+        self._address = socket.inet_aton(FAR_ADDRESS)
+        fanout = stack.enter_context(open_fanout())
+        handover = fanout.handover()
+        self._table = stack.enter_context(FanoutTable(handover, SOURCE_PORT))
+        self._transmitter = stack.enter_context(Transmitter(wire.near_index, most))
+        self._socket = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
+        self._socket.bind(("", SOURCE_PORT))
+        self._multisend = Multisend(socket.AF_INET, [])
+        self._count = 0
+        one = stack.enter_context(FanoutRun(handover, Sender.RELAY))
+        self.ways: dict[str, Callable[[bytes], int]] = {
+            LIVE: lambda payload: one.send(payload).transmitted,
+            AF_XDP: lambda payload: self._transmitter.send(payload, range(self._count)).sent,
+            SENDMMSG: lambda payload: self._multisend.send(self._socket, payload).sent,
+        }
+        if second_cpu is not None:
+            two = stack.enter_context(FanoutRun(handover, Sender.OTHER, cpus=(second_cpu,)))
+            self.ways[LIVE_TWO] = lambda payload: two.send(payload).transmitted
+
+    def add(self, subscribers: int) -> int:
+        """Until there are so many; how long a join took, ns."""
+        begun = time.monotonic_ns()
+        with self._table.batch():
+            for number in range(self._count, subscribers):
+                rank = Rank.FIRST if number % FIRST_RANK_SHARE == 0 else Rank.SECOND
+                self._table.add(self._hop, self._address, FIRST_PORT + number, rank)
+        took = time.monotonic_ns() - begun
+        for number in range(self._count, subscribers):
+            headers = udp_headers(self._hop, self._address, FIRST_PORT + number, SOURCE_PORT)
+            self._transmitter.put(number, headers)
+        joined, self._count = subscribers - self._count, subscribers
+        ports = range(FIRST_PORT, FIRST_PORT + subscribers)
+        self._multisend = Multisend(socket.AF_INET, [(self._address, port) for port in ports])
+        return took // max(joined, 1)
+
+    def publish(self, way: str, payload: bytes) -> Sent:
+        """By one of them, to all."""
+        send = self.ways[way]
+        cpu = time.process_time_ns()
+        begun = time.monotonic_ns()
+        taken = send(payload)
+        ended = time.monotonic_ns()
+        return Sent(begun, ended, time.process_time_ns() - cpu, taken, payload)

@@ -1,0 +1,106 @@
+"""The far end of the wire, as `bench fanout` and `bench end-to-end` watch it: when each subscriber's frame came in.
+
+A subscriber is a UDP port. The XDP program (xdp/bpf/arrivals.c) stamps the first frame of each with CLOCK_MONOTONIC and
+drops it: no socket, no copy, nothing that the subscriber's own machine would have to pay for.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple, final
+
+from sprint.tiers import NS_PER_S
+from xdp.fanout_maps import MappedArray
+from xdp.loader import BPF_FOLDER, load_in_child, parse_common
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+SOURCE_PORT = 8436
+"""That datagrams come from."""
+FIRST_PORT = 10_000
+MOST = 50_000
+"""Subscribers: the ports from FIRST_PORT on that a number of five digits begins with, and room below for others."""
+_LAYOUT = parse_common((BPF_FOLDER / "arrivals.h").read_text())
+_ARRIVAL = _LAYOUT.layouts["arrival"]
+_LONGS, _WORDS = _ARRIVAL.size // 8, _ARRIVAL.size // 4
+_LOOK_S = 0.0005
+
+
+class Arrivals(NamedTuple):
+    """What came of one publication, by subscriber, in their order; 0 where nothing came."""
+
+    at_ns: list[int]
+    seen_ns: list[int]
+    """What the records say of when the block was first seen."""
+    sources: set[int]
+    """Of the records, all that there were."""
+    sequences: set[int]
+    surplus: int
+    """Frames beyond the first."""
+
+
+@final
+class Sink:
+    """The program, loaded, and its memory; a context manager. Whoever is in the far namespace attaches `program_fd`."""
+
+    def __init__(self) -> None:
+        """Load it: takes some seconds. Raises LoadError, OSError."""
+        with ExitStack() as undo:
+            programs, maps = load_in_child(
+                "arrivals.c", {"stamp": "XDP"}, ["arrivals"], {"SOURCE_PORT": SOURCE_PORT}
+            )
+            self.program_fd = programs["stamp"]
+            for descriptor in (*programs.values(), *maps.values()):
+                undo.callback(os.close, descriptor)
+            self._area = MappedArray(maps["arrivals"], _ARRIVAL.size, _LAYOUT.constants["PORTS"])
+            undo.callback(self._area.close)
+            self._undo = undo.pop_all()
+
+    def clear(self, subscribers: int) -> None:
+        """Forget what the first so many have got."""
+        start, size = FIRST_PORT * _ARRIVAL.size, subscribers * _ARRIVAL.size
+        self._area.bytes[start : start + size] = bytes(size)
+
+    def wait(self, subscribers: int, patience_s: float) -> bool:
+        """Until each of the first so many has got a frame; False: some haven't when time is up."""
+        longs, give_up_ns = self._area.longs, time.monotonic_ns() + int(patience_s * NS_PER_S)
+        last = (FIRST_PORT + subscribers - 1) * _LONGS + _ARRIVAL.offset("at_ns") // 8
+        # The last one first: looking at all of them takes memory from who is sending.
+        while longs[last] == 0 or 0 in longs[self._slice("at_ns", subscribers)].tolist():
+            if time.monotonic_ns() > give_up_ns:
+                return False
+            time.sleep(_LOOK_S)
+        return True
+
+    def read(self, subscribers: int) -> Arrivals:
+        """What the first so many have got since clear()."""
+        longs, words = self._area.longs, self._area.words
+        at_ns, seen_ns, sequences = (
+            longs[self._slice(name, subscribers)].tolist() for name in ("at_ns", "seen_ns", "sequence")
+        )
+        start, stop = FIRST_PORT * _WORDS, (FIRST_PORT + subscribers) * _WORDS
+        sources, frames = (
+            words[start + _ARRIVAL.offset(name) // 4 : stop : _WORDS].tolist() for name in ("source", "frames")
+        )
+        came = subscribers - at_ns.count(0)
+        return Arrivals(at_ns, seen_ns, set(sources), set(sequences), sum(frames) - came)
+
+    def close(self) -> None:
+        """Unmap, and let go of the program."""
+        self._undo.close()
+
+    @staticmethod
+    def _slice(name: str, subscribers: int) -> slice:
+        start = FIRST_PORT * _LONGS + _ARRIVAL.offset(name) // 8
+        return slice(start, (FIRST_PORT + subscribers) * _LONGS, _LONGS)
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,38 @@
+/* The far end of a benchmark's link: notes when the first datagram for each UDP port came in, and drops it.
+ *
+ *   stamp  XDP, native: frames that are IPv4 without options, UDP from SOURCE_PORT, with a whole record; passes all else
+ *
+ * What the record says itself is kept beside the stamp, so that each delivery can be told from the frame alone. Python
+ * maps the array, reads and clears it between two publications. A port's frames come on one CPU at a time.
+ */
+#include <uapi/linux/bpf.h>
+
+#include "arrivals.h"
+
+BPF_F_TABLE("array", u32, struct arrival, arrivals, PORTS, BPF_F_MMAPABLE);
+
+int stamp(struct xdp_md *ctx)
+{
+    u8 *frame = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+    if (frame + HEADERS + RECORD > end)
+        return XDP_PASS;
+    if (*(u16 *)(frame + 12) != htons(0x0800) || frame[14] != 0x45 || frame[23] != UDP)
+        return XDP_PASS;
+    if (*(u16 *)(frame + 34) != htons(SOURCE_PORT))
+        return XDP_PASS;
+    u32 port = ntohs(*(u16 *)(frame + 36));
+    struct arrival *arrival = arrivals.lookup(&port);
+    if (!arrival)
+        return XDP_PASS;
+    u8 *record = frame + HEADERS;
+    arrival->frames += 1;
+    if (!arrival->at_ns) {
+        /* In halves: the headers leave the record aligned to two bytes. */
+        __builtin_memcpy(&arrival->sequence, record + SEQUENCE, 8);
+        __builtin_memcpy(&arrival->seen_ns, record + SEEN, 8);
+        arrival->source = record[SOURCE];
+        asm volatile("" : : : "memory"); /* who sees the stamp sees the rest */
+        arrival->at_ns = bpf_ktime_get_ns();
+    }
+    return XDP_DROP;
+}
