@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 MAX_TEXT = 6_000
 """Characters of why a test failed, the last: a frame's local variables can be of any size."""
 _OUTPUT = 3
+_FIRST = "test_virtio"
 
 
 def _say(**facts: Any) -> None:
     rest = f"\n{reports.line(**facts)}\n".encode()  # pytest may be in the middle of a line
     while rest:
         rest = rest[os.write(_OUTPUT, rest) :]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What records the table's facts comes first: they are of use even if the machine is stopped."""
+    items.sort(key=lambda item: _FIRST not in item.nodeid)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -63,10 +63,6 @@ def zmq_of(product: Product) -> str:
     return address
 
 
-def header_of(node: Bitcoind, block_hash: str) -> bytes:
-    return node.raw_block(block_hash)[:80]
-
-
 def wait_until_connected(product: Product, reader: ZmqReader) -> None:
     """Wait until all sources stand and one reader has come: what is said now reaches it."""
     product.wait_for("sources", lambda answer: all(one["connected"] for one in answer["sources"]), "all sources")
@@ -80,16 +76,24 @@ def wait_until_connected(product: Product, reader: ZmqReader) -> None:
         pass
 
 
-def wait_until_heard(node: Bitcoind, *readers: ZmqReader) -> str:
-    """Mine until each reader has heard of the same block: a subscription takes its time; returns that block's hash."""
-    for _ in range(100):
-        block_hash = node.mine()[0]
-        deadline = time.monotonic() + 1
+def serve_chain(peer: ScriptedPeer, node: Bitcoind) -> None:
+    """From now on the peer answers getheaders with the node's chain: what was lost on the way can be asked for."""
+    hashes = [node.rpc("getblockhash", number + 1) for number in range(node.rpc("getblockcount"))]
+    peer.served = [node.raw_block(block_hash)[:80] for block_hash in hashes]
+
+
+def wait_until_heard(node: Bitcoind, peer: ScriptedPeer, *readers: ZmqReader) -> list[str]:
+    """Mine until each reader has heard of the same block, for a subscription takes its time; returns what was mined."""
+    mined: list[str] = []
+    for _ in range(20):
+        mined += node.mine()
+        serve_chain(peer, node)
+        deadline = time.monotonic() + 2
         while time.monotonic() < deadline:
             for reader in readers:
                 reader.read(0.01)
-            if all(block_hash in reader.hashes() for reader in readers):
-                return block_hash
+            if all(mined[-1] in reader.hashes() for reader in readers):
+                return mined
     raise TimeoutError("the readers hear nothing")
 
 
@@ -104,9 +108,10 @@ def test_a_program_that_reads_core_s_publisher_reads_the_same_of_ours(
     product.wait_until_healthy()
     theirs = stack.enter_context(ZmqReader(bitcoind.zmq_address, *CORE_TOPICS))
     ours = stack.enter_context(ZmqReader(zmq_of(product), *CORE_TOPICS))
-    # Whatever was mined before a subscription stood is healed by the peer that can be asked.
-    first = wait_until_heard(bitcoind, theirs, ours)
+    wait_until_connected(product, ours)
+    first = wait_until_heard(bitcoind, peer, theirs, ours)[-1]
     mined = [bitcoind.mine()[0] for _ in range(3)] + bitcoind.mine(5)
+    serve_chain(peer, bitcoind)
     raw = bitcoind.raw_block(mined[-1])
     for reader in (theirs, ours):
         reader.wait_for("rawblock", raw)
@@ -208,14 +213,14 @@ def test_messages_that_are_dropped_on_the_way_are_counted_and_no_block_is_missed
     product.wait_until_healthy()
     stream = stack.enter_context(JsonStream(product.stream))
     through = stack.enter_context(ZmqReader(proxy.address, "hashblock"))
-    mined = [wait_until_heard(bitcoind, through)]
+    mined = wait_until_heard(bitcoind, peer, through)
     proxy.drops = lambda message: message.number % 2 == 1 and message.topic in BLOCK_TOPICS
     for _ in range(9):
         mined += bitcoind.mine()
-        peer.served = [header_of(bitcoind, bitcoind.rpc("getblockhash", n + 1)) for n in range(_height(bitcoind))]
+        serve_chain(peer, bitcoind)
     proxy.drops = lambda _message: False
     mined += bitcoind.mine()
-    peer.served.append(header_of(bitcoind, mined[-1]))
+    serve_chain(peer, bitcoind)
     stream.wait_for_hashes("proven", mined)
     stream.wait_for_hashes("validated", mined)
     assert sorted(stream.hashes("proven")) == sorted(mined), "each once"
@@ -235,7 +240,7 @@ def test_a_publisher_killed_and_started_again_is_heard_again_and_no_block_is_mis
     ours = stack.enter_context(ZmqReader(zmq_of(product), "hashblock"))
     name = bitcoind.zmq_address
     wait_until_connected(product, ours)
-    mined = [wait_until_heard(bitcoind, ours)]
+    mined = wait_until_heard(bitcoind, peer, ours)
     bitcoind.rpc("gettxoutsetinfo")  # which writes the chain to the disk: the block must survive
     bitcoind.kill()
     warning = product.wait_for("health", lambda answer: bool(answer["warnings"]), "a warning")["warnings"][0]
@@ -243,11 +248,11 @@ def test_a_publisher_killed_and_started_again_is_heard_again_and_no_block_is_mis
     assert product.ask("health")["status"] == "ok", "blocks are still heard by p2p"
     bitcoind.start()
     mined += bitcoind.mine(3)  # before the connection is back: nobody hears of them
-    peer.served = [header_of(bitcoind, bitcoind.rpc("getblockhash", n + 1)) for n in range(_height(bitcoind))]
+    serve_chain(peer, bitcoind)
     stream.wait_for_hashes("proven", mined)
     product.wait_for("health", lambda answer: not answer["warnings"], "no warning")
     mined += bitcoind.mine()
-    peer.served.append(header_of(bitcoind, mined[-1]))
+    serve_chain(peer, bitcoind)
     ours.wait_for_tip(mined[-1])
     stream.wait_for_hashes("validated", mined)
     assert [one for one in ours.hashes() if one in mined] == mined
@@ -277,11 +282,6 @@ def test_a_publisher_whose_host_falls_silent_is_given_up_and_found_again(
     wait_until(lambda: bool(status.peers()[0].connected))
     assert heard == [MessagesMissed(Source.ZMQ, bitcoind.zmq_address)]
     source.close()
-
-
-def _height(node: Bitcoind) -> int:
-    height: int = node.rpc("getblockcount")
-    return height
 
 
 # Everything together
