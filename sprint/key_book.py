@@ -1,8 +1,8 @@
 """Which keys are valid, as the processes that serve subscribers know it: in memory, brought up to date once a second.
 
 A refresh that finds nothing new costs microseconds, and a look-up touches no file, so that no subscriber's hello makes
-the loop that publishes blocks wait. The time a look-up takes doesn't tell whether a key exists: every text is hashed, the hash is looked up, and what is found, or a
-stand-in, is compared and judged in the same steps.
+the loop that publishes blocks wait. The time a look-up takes doesn't tell whether a key exists: every text is hashed,
+the hash is looked up, and what is found, or a stand-in, is compared and judged in the same steps.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from sprint.errors import HostError
 from sprint.events import HeaderRun, PeerReady, Source
 from sprint.header_file import HeaderFile
 from sprint.ledger import Ledger
+from sprint.record import decode
 from sprint.regtest import RegtestChain
 from sprint.relay import Relay
 from sprint.ring import Ring, RingWriter, size_for
@@ -67,7 +68,7 @@ class _Stage:
         self.file = HeaderFile.open(self.path, REGTEST)
         self.status = StatusBlock.create(7, {})
         self.ring = Ring.create(bytearray(size_for(64)), 64, 7)
-        self.source = _Source()
+        self.source, self.later = _Source(), _Source()
         self.publish = deliver
         self.relay = Relay(HeaderChain(REGTEST))
         self.turns = Turns(
@@ -76,7 +77,7 @@ class _Stage:
             ring=self.ring,
             ledger=Ledger(self.status),
             header_file=self.file,
-            sources=[self.source],
+            sources=[self.source, self.later],
             log=_Log(),
         )
 
@@ -149,4 +150,32 @@ def test_what_is_published_outside_a_turn_is_in_the_books_after_the_next(tmp_pat
     stage.settle()
     assert (stage.status.relay.proven, stage.status.relay.sequence) == (2, 2)
     assert len(stage.status.blocks()) == 2
+    stage.turns.close()
+
+
+def test_what_the_first_source_has_by_then_is_told_before_what_another_says(tmp_path: Path) -> None:
+    """The relay may have been kept from running between asking the capture and asking the sockets."""
+    stage = _Stage(tmp_path)
+    stage.relay.sync.caught_up = True
+    (block,) = RegtestChain().extend(1, WALL_S)
+    told = sighting_of(block)
+    stage.source.words.append(told._replace(source=Source.CAPTURE))
+    stage.later.words.append(told)
+
+    assert stage.turns.hear(stage.later, time.monotonic_ns())
+
+    first = stage.ring.copy(1)
+    assert first is not None
+    assert decode(first).source is Source.CAPTURE
+    assert stage.ring.tail == 1
+    stage.turns.close()
+
+
+def test_the_first_source_is_not_asked_again_when_another_has_nothing_to_say(tmp_path: Path) -> None:
+    stage = _Stage(tmp_path)
+    stage.source.words.append(PeerReady(Source.P2P, "a", 0))
+
+    assert not stage.turns.hear(stage.later, time.monotonic_ns())
+
+    assert stage.source.words
     stage.turns.close()
