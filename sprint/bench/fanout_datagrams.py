@@ -1,7 +1,8 @@
 """The three ways in which the product sends the same datagram to many, and the first of them on two CPUs.
 
 One process holds them all: the fan-out, its table, an AF_XDP socket and a plain one. All ways send to the same ports of
-the far end's address, in the same order.
+the far end, in the same order: on the wire to addresses of their own, behind it as behind a gateway, which is how
+subscribers are reached; where they are sockets, all to its own, for they are on one host.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from sprint.bench.detect_wire import FAR_ADDRESS
 from sprint.bench.fanout_figures import AF_XDP, LIVE, LIVE_TWO, SENDMMSG, Sent
 from sprint.bench.fanout_sink import FIRST_PORT, SOURCE_PORT
+from sprint.bench.fanout_wire import address_of
 from sprint.errors import HostError
 from xdp.datagrams import udp_headers
 from xdp.fanout import open_fanout
@@ -44,7 +46,7 @@ def be_datagram_sender(control: Connection, wire: Wire, most: int, second_cpu: i
             control.send(tuple(senders.ways))
             while True:
                 what, *arguments = control.recv()
-                control.send(senders.publish(*arguments) if what == "publish" else senders.add(*arguments))
+                control.send(senders.publish(*arguments) if what == "publish" else senders.place(*arguments))
     except (LoadError, OSError) as error:
         control.send(HostError(f"fanout: {error}"))
 
@@ -52,7 +54,7 @@ def be_datagram_sender(control: Connection, wire: Wire, most: int, second_cpu: i
 class _Senders:
     def __init__(self, stack: ExitStack, wire: Wire, most: int, second_cpu: int | None) -> None:
         self._hop = wire.next_hop
-        self._address = socket.inet_aton(FAR_ADDRESS)
+        self._far_address = socket.inet_aton(FAR_ADDRESS)
         fanout = stack.enter_context(open_fanout())
         handover = fanout.handover()
         self._table = stack.enter_context(FanoutTable(handover, SOURCE_PORT))
@@ -62,32 +64,35 @@ class _Senders:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER)
         self._socket.bind(("", SOURCE_PORT))
         self._multisend = Multisend(socket.AF_INET, [])
-        self._count = 0
+        self._slots: list[int] = []
         one = stack.enter_context(FanoutRun(handover, Sender.RELAY))
         self.ways: dict[str, Callable[[bytes], int]] = {
             LIVE: lambda payload: one.send(payload).transmitted,
-            AF_XDP: lambda payload: self._transmitter.send(payload, range(self._count)).sent,
+            AF_XDP: lambda payload: self._transmitter.send(payload, range(len(self._slots))).sent,
             SENDMMSG: lambda payload: self._multisend.send(self._socket, payload).sent,
         }
         if second_cpu is not None:
             two = stack.enter_context(FanoutRun(handover, Sender.OTHER, cpus=(second_cpu,)))
             self.ways[LIVE_TWO] = lambda payload: two.send(payload).transmitted
 
-    def add(self, subscribers: int) -> int:
-        """Until there are so many; how long a join took, ns."""
+    def place(self, subscribers: int, addresses: bool) -> int:
+        """From now on there are so many, with an address each, or all at the far end's; how long one's join took, ns."""
+        ports = range(FIRST_PORT, FIRST_PORT + subscribers)
+        own = [address_of(number) if addresses else self._far_address for number in range(subscribers)]
+        with self._table.batch():
+            for slot in self._slots:
+                self._table.remove(slot)
         begun = time.monotonic_ns()
         with self._table.batch():
-            for number in range(self._count, subscribers):
-                rank = Rank.FIRST if number % FIRST_RANK_SHARE == 0 else Rank.SECOND
-                self._table.add(self._hop, self._address, FIRST_PORT + number, rank)
+            self._slots = [
+                self._table.add(self._hop, address, port, Rank.FIRST if port % FIRST_RANK_SHARE == 0 else Rank.SECOND)
+                for address, port in zip(own, ports, strict=True)
+            ]
         took = time.monotonic_ns() - begun
-        for number in range(self._count, subscribers):
-            headers = udp_headers(self._hop, self._address, FIRST_PORT + number, SOURCE_PORT)
-            self._transmitter.put(number, headers)
-        joined, self._count = subscribers - self._count, subscribers
-        ports = range(FIRST_PORT, FIRST_PORT + subscribers)
-        self._multisend = Multisend(socket.AF_INET, [(self._address, port) for port in ports])
-        return took // max(joined, 1)
+        for number, (address, port) in enumerate(zip(own, ports, strict=True)):
+            self._transmitter.put(number, udp_headers(self._hop, address, port, SOURCE_PORT))
+        self._multisend = Multisend(socket.AF_INET, list(zip(own, ports, strict=True)))
+        return took // max(subscribers, 1)
 
     def publish(self, way: str, payload: bytes) -> Sent:
         """By one of them, to all."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 HANDSHAKE_TIMEOUT_S = 20.0
-_READ = 4096
+_READ = 448
+"""More than a publication brings: all of it in one read."""
 _EVENTS = 512
 
 
@@ -41,7 +42,7 @@ class Round(NamedTuple):
     stamps: bytes
     """int64: when each had it, in that order."""
     last: bytes
-    """What was read last."""
+    """What was read last; empty if that wasn't a whole publication."""
     cpu_ns: int
     """That the process has used since the round began."""
 
@@ -57,26 +58,26 @@ class Receivers:
         self._number = self._size = self._cpu_ns = 0
         self._partial: dict[int, int] = {}
         self._stamps: array[int] = array("q")
-        self._last = b""
 
     def serve(self) -> None:
         """Do what the benchmark says, until it kills us."""
         control, poll, read, clock = self._control.fileno(), self._epoll.poll, os.read, time.monotonic_ns
-        stamps, partial = self._stamps, self._partial
+        append, partial, size, data = self._stamps.append, self._partial, 0, b""
         while True:
             for descriptor, _ in poll(-1, _EVENTS):
                 if descriptor == control:
                     command, *arguments = self._control.recv()
                     getattr(self, f"do_{command}")(*arguments)
+                    size, data = self._size, b""
                     continue
                 data = read(descriptor, _READ)
-                if len(data) == self._size and not partial:
-                    stamps.append(clock())
-                    self._last = data
+                if len(data) == size and not partial:
+                    append(clock())
                 else:
                     self._add(descriptor, data, clock())
-            if self._size and len(stamps) >= len(self._sockets):
-                self._tell()
+            if size and len(self._stamps) >= len(self._sockets):
+                self._tell(data if len(data) == size else b"")
+                size = 0
 
     def _add(self, descriptor: int, data: bytes, now_ns: int) -> None:
         """A publication that comes in parts; outside of a round, what a server says by itself."""
@@ -87,12 +88,11 @@ class Receivers:
         have = self._partial.pop(descriptor, 0) + len(data)
         if have >= self._size:
             self._stamps.append(now_ns)
-            self._last = data
         else:
             self._partial[descriptor] = have
 
-    def _tell(self) -> None:
-        told = Round(self._number, self._stamps.tobytes(), self._last, time.process_time_ns() - self._cpu_ns)
+    def _tell(self, last: bytes) -> None:
+        told = Round(self._number, self._stamps.tobytes(), last, time.process_time_ns() - self._cpu_ns)
         self._size = 0
         self._control.send(told)
 
@@ -127,19 +127,18 @@ class Receivers:
         """A round begins: each socket is to get `size` bytes; answers when it is ready."""
         self._partial.clear()
         del self._stamps[:]
-        self._last = b""
         self._number, self._size, self._cpu_ns = number, size, time.process_time_ns()
         self._control.send(number)
 
     def do_give_up(self, number: int) -> None:
         """Say what has come of that round, unless that has been said."""
         if self._size and self._number == number:
-            self._tell()
+            self._tell(b"")
 
     def _watch(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sockets.append(sock)
-        self._epoll.register(sock, select.EPOLLIN)
+        self._epoll.register(sock, select.EPOLLIN | select.EPOLLET)
 
 
 def _read_answer(sock: socket.socket, expected: int | bytes) -> None:

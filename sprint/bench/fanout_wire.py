@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from sprint.bench.apart import Helper
 
+BEHIND = "100.64.0.0"
+"""Subscribers' own addresses, for which the far end is the gateway: of the network for carriers (RFC 6598), /16."""
 QUEUES = 2
 PREFIX = 24
 _CLONE_NEWNET = 0x4000_0000
@@ -81,9 +83,16 @@ def lay(far: Helper) -> Wire:
         near_mac = _bring_up(NEAR, NEAR_ADDRESS)
         far_mac = far.ask("up", near_mac)
         _know(NEAR, FAR_ADDRESS, far_mac)
+        with IPRoute() as route:
+            route.route("add", dst=f"{BEHIND}/16", gateway=FAR_ADDRESS)
     except Exception as error:  # pyroute2 has errors of its own
         raise HostError(f"no veth pair: {error}") from None
     return Wire(socket.if_nametoindex(NEAR), near_mac, far_mac)
+
+
+def address_of(number: int) -> bytes:
+    """Of the subscriber of that number, below 65,535."""
+    return socket.inet_aton(BEHIND)[:2] + (number + 1).to_bytes(2, "big")
 
 
 def join_namespace(pid: int) -> None:

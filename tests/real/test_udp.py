@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.net.netns import Namespace
     from tests.real.bcoin import BcoinNode
     from tests.real.product import Event
 
@@ -27,17 +29,19 @@ if TYPE_CHECKING:
 class UdpStream(EventLog):
     """A subscriber by sprint.client and UDP; changes of the way are events too."""
 
-    def __init__(self, address: str, key: str) -> None:
-        super().__init__(self._told(address, key))
+    def __init__(self, address: str, key: str, namespace: Namespace | None = None) -> None:
+        """In that network namespace, or in the test's."""
+        super().__init__(self._told(address, key, namespace))
 
-    def _told(self, address: str, key: str) -> Iterator[Event]:
-        for item in events(address, key=key, udp=True):
-            if isinstance(item, Record):
-                yield item.as_dict()
-            elif isinstance(item, UdpChange):
-                yield {"event": "udp", "state": item.state.name.lower(), "reason": item.reason.name.lower()}
-            elif isinstance(item, Lapped):
-                yield {"event": "lost", "first": item.first}
+    def _told(self, address: str, key: str, namespace: Namespace | None) -> Iterator[Event]:
+        with nullcontext() if namespace is None else namespace.entered():  # of the thread that gathers
+            for item in events(address, key=key, udp=True):
+                if isinstance(item, Record):
+                    yield item.as_dict()
+                elif isinstance(item, UdpChange):
+                    yield {"event": "udp", "state": item.state.name.lower(), "reason": item.reason.name.lower()}
+                elif isinstance(item, Lapped):
+                    yield {"event": "lost", "first": item.first}
 
     def wait_until_active(self, times: int = 1) -> None:
         self.wait_until(

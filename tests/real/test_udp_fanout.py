@@ -1,0 +1,139 @@
+"""The product's UDP subscribers behind a wire, served by live frames: what is killed or changed costs them nothing.
+
+The product is in one namespace of the test's own, a bcoin node and the subscribers in another.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.net.netns import Namespace, Veth, veth_pair
+from tests.net.subscribers import switch_gro
+from tests.real.bcoin import BcoinNode, missing
+from tests.real.children import QUIET, kill_and_await
+from tests.real.product import Product
+from tests.real.test_udp import UdpStream, assert_whole
+from xdp import loader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.real.product import Event
+
+NEAR, FAR = "10.79.1.1", "10.79.1.2"
+MANY = 3
+
+
+class Lab:
+    """The wire, the node behind it, and the product on this side."""
+
+    def __init__(self, folder: Path, near: Namespace, stack: ExitStack) -> None:
+        self.far = stack.enter_context(Namespace())
+        self.wire: Veth
+        _, self.wire = veth_pair(near, self.far, ("wire", "wire-far"), addresses=(f"{NEAR}/24", f"{FAR}/24"))
+        switch_gro(self.wire, on=True)
+        self.node = BcoinNode()
+        self.node.host = "0.0.0.0"
+        with self.far.entered():
+            stack.enter_context(self.node)
+            self.node.mine(5)
+        settings = {
+            "ENABLE_KERNEL_BYPASS": "true",
+            "INTERFACE": "wire",
+            "DELIVERY_WORKERS": "1",
+            "STREAM_BIND": f"{NEAR}:0",
+            "UDP_BIND": f"{NEAR}:0",
+            **QUIET,
+        }
+        address = f"{FAR}:{self.node.p2p_port}"
+        self.product = stack.enter_context(Product(folder, address, tier="enterprise", **settings))
+
+    def mine(self, count: int = 1) -> list[str]:
+        with self.far.entered():
+            return self.node.mine(count)
+
+    def subscribe(self) -> UdpStream:
+        stream = UdpStream(self.product.stream, self.product.key, self.far)
+        stream.wait_until_active()
+        return stream
+
+    def wait_for_rung(self, rung: str, live: int) -> Event:
+        return self.product.wait_for(
+            "deliveries",
+            lambda answer: (answer["udp"]["rung"], answer["udp"]["by_live_frames"]) == (rung, live),
+            f"{live} subscribers by live frames, the best rung being {rung}",
+        )
+
+    def egress(self) -> dict[str, int]:
+        counted: dict[str, int] = self.product.ask("turbo-status")["kernelBypass"]["egress"]
+        return counted
+
+    def row(self, name: str) -> dict[str, Any]:
+        rows = {row["name"]: row for row in self.product.ask("deliveries")["deliveries"]}
+        account: dict[str, Any] = rows[name]["tiers"]["enterprise"]
+        return account
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    reason = loader.missing() or missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with Namespace() as near, near.entered(), ExitStack() as stack:
+        yield Lab(tmp_path, near, stack)
+
+
+def test_subscribers_behind_a_wire_are_served_in_one_call_and_miss_nothing_whatever_happens(lab: Lab) -> None:
+    product = lab.product
+    product.wait_until_healthy()
+    product.wait_for_log("Fan-out at work")
+    streams = [lab.subscribe() for _ in range(MANY)]
+    lab.wait_for_rung("live_frames", MANY)
+    mined = lab.mine(3)
+
+    def all_have_them() -> None:
+        for stream in streams:
+            stream.wait_for_hashes("validated", mined)
+
+    all_have_them()
+    records = len([one for one in streams[0].events if "seq" in one])
+    product.wait_for(
+        "turbo-status",
+        lambda answer: answer["kernelBypass"]["egress"] == {"subscribers": MANY, "sent": MANY * records, "dropped": 0},
+        f"{records} records to {MANY} subscribers in the status",
+    )
+    fanout = lab.row("fanout")
+    assert fanout["on_time"] + fanout["late"] == MANY * records
+    assert lab.row("udp")["subscribers"] == MANY
+    assert sum(lab.row("udp")[name] for name in ("on_time", "late", "dropped")) == 0  # the worker had nothing to send
+
+    for victim in ("udp", "relay", "bypass", "stream-0"):
+        kill_and_await(product, victim)
+        mined += lab.mine()
+        all_have_them()
+        lab.wait_for_rung("live_frames", MANY)
+        mined += lab.mine()
+        all_have_them()
+
+    switch_gro(lab.wire, on=False)  # the driver takes no live frames any more
+    mined += lab.mine()
+    all_have_them()
+    product.wait_for("deliveries", lambda answer: answer["udp"]["by_live_frames"] == 0, "nobody by live frames")
+    sent = lab.egress()["sent"]
+    mined += lab.mine()
+    all_have_them()
+    assert lab.egress()["sent"] == sent
+    assert "no ndo_xdp_xmit" in product.ask("deliveries")["udp"]["reason"]
+    switch_gro(lab.wire, on=True)
+    lab.wait_for_rung("live_frames", MANY)
+    mined += lab.mine()
+    all_have_them()
+    product.wait_for("turbo-status", lambda one: one["kernelBypass"]["egress"]["sent"] > sent, "live frames again")
+
+    for stream in streams:
+        assert_whole(stream, mined)
+    assert product.stop() == 0
