@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sprint.addresses import Address
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 FANOUT_ROW = DELIVERIES - 1
 """Of the status block's: the workers' rows begin at the other end."""
+INTAKE_PRIORITY = 5
+"""As the workers have."""
 REALTIME_PRIORITY = 10
 """SCHED_FIFO's lowest tenth: above every ordinary process, below the kernel's own threads that matter (50 and up)."""
 
@@ -153,10 +156,17 @@ class RelayProcess:
         if not self._config.zmq_nodes:
             return []
         cpus = os.sched_getaffinity(0)
-        self._shared.leave_relay_alone()  # libzmq's thread inherits that
-        source = ZmqSource(self._config.zmq_nodes, lambda: self._chain.tip_hash, self._status)
-        os.sched_setaffinity(0, cpus)
-        return [source]
+        # libzmq's thread has the CPUs and the priority that we have now: not the relay's own, and before everybody
+        # who would keep a block waiting there.
+        self._shared.leave_relay_alone()
+        if self._config.optimize_system:
+            with suppress(PermissionError):
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(INTAKE_PRIORITY))
+        try:
+            return [ZmqSource(self._config.zmq_nodes, lambda: self._chain.tip_hash, self._status)]
+        finally:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            os.sched_setaffinity(0, cpus)
 
     def _bypass_source(self) -> list[Source]:
         """The capture, if there is to be one: it is asked before the plain sockets."""

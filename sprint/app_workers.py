@@ -124,7 +124,10 @@ class Workers:
         if control is not None:
             from sprint.deliveries.udp_fanout import WorkerFanout  # noqa: PLC0415 - only where it is wanted
 
-            fanout = WorkerFanout(control, bound_address(sock).port, self._log)
+            try:
+                fanout = WorkerFanout(control, bound_address(sock).port, self._log)
+            except OSError as error:
+                self._log.warning("Datagrams go out by plain sockets", reason=str(error))
         delivery = UdpDelivery(
             self._shared.ring,
             self._accounts(row, "udp"),

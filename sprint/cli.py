@@ -100,7 +100,14 @@ def run() -> None:
 def watch(
     address: Annotated[str, typer.Argument(help="The stream's host:port. Default: STREAM_BIND.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON an event, no table.")] = False,
-    key: Annotated[str | None, typer.Option(help="The subscriber key; without one: the free tier.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SPRINT_KEY",
+            help="The subscriber key; without one: the free tier. Every user of this host can read a command's options, "
+            "not its environment.",
+        ),
+    ] = None,
     since: Annotated[
         int | None, typer.Option(min=1, help="Replay from this sequence on, if it is still there.")
     ] = None,
@@ -182,16 +189,19 @@ def demo(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: bulk, detect, ring, stream or wire.")],
+    name: Annotated[str, typer.Argument(help="bulk, detect, end-to-end, fanout, ring, stream or wire.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it, too: all but bulk and wire.")
+        Path | None,
+        typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it: detect, fanout, ring, stream."),
     ] = None,
     subscribers: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="stream: the largest number. Default: 10,000.")
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="stream, fanout, end-to-end: at most. Default: 10,000."),
     ] = None,
     announcements: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="detect: of each mode. Default: 2,000.")
+        int | None,
+        typer.Option(min=1, max=100_000, help="detect: of each mode. end-to-end: blocks. Default: 2,000; 3,000."),
     ] = None,
 ) -> None:
     """Measure, beside others in the same run.

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sprint import config
-from sprint.errors import SprintError
+from sprint.errors import ConfigError, SprintError
 from sprint.keys import DEFAULT_CONNECTIONS, FILE_NAME, MAX_CONNECTIONS, NEVER, KeyRecord, KeyStore
 from sprint.tiers import Tier
 
@@ -53,7 +53,7 @@ def _store() -> Iterator[KeyStore]:
             yield store
     except (SprintError, ValueError) as error:
         print(f"sprint: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, (UsageError, ValueError)) else 1) from None
+        raise SystemExit(2 if isinstance(error, (UsageError, ConfigError, ValueError)) else 1) from None
 
 
 @app.command()
@@ -84,6 +84,7 @@ def create(
         return
     print(key)
     print(f"sprint: key {made.id} of {made.name}, {made.tier.label}: it is not shown again", file=sys.stderr)
+    print(f"sprint: valid for the Sprint with DATA_DIR={store.path.parent}", file=sys.stderr)
 
 
 @app.command("list")
@@ -94,6 +95,9 @@ def list_keys(as_json: _Json = False) -> None:
         keys = store.list()
     if as_json:
         print(json.dumps([as_dict(key, now_s) for key in keys], ensure_ascii=False, indent=2))
+        return
+    if not keys:
+        print(f"sprint: no keys in {store.path}", file=sys.stderr)
         return
     table = Table(box=None, pad_edge=False)
     for column in _COLUMNS:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sprint import __version__
-from sprint.admission import CHECK_NS, Admission
+from sprint.admission import CHECK_NS, ENDS_A_TURN, Admission
 from sprint.durations import format_duration
 from sprint.errors import HostError
 from sprint.events import Event, State
@@ -89,13 +89,17 @@ def keep_checking(loop: asyncio.AbstractEventLoop, gate: Admission, log: Any, to
 
     `told` is what was said of them last: a file that is being written for an instant isn't worth a line.
     """
-    before = gate.reason
-    gate.check(int(time.time()))
-    reason = gate.reason
-    if log is not None and reason is not None and reason == before and reason != told:
-        log.warning("Keys can't be read", reason=reason)
-        told = reason
-    loop.call_later(CHECK_NS / NS_PER_S, keep_checking, loop, gate, log, told)
+    before, ended = gate.reason, 0
+    try:
+        ended = gate.check(int(time.time()))
+        reason = gate.reason
+        if reason is None or (reason == before and reason != told):
+            if log is not None and reason != told:
+                log.warning("Keys can't be read", reason=reason) if reason else log.info("Keys can be read again")
+            told = reason
+    finally:  # whatever became of one session, the others' keys are still looked after
+        pause_s = 0 if ended >= ENDS_A_TURN else CHECK_NS / NS_PER_S
+        loop.call_later(pause_s, keep_checking, loop, gate, log, told)
 
 
 class BypassLines:

@@ -29,6 +29,8 @@ class KeyBook:
         """An absent file is an empty one, and may come later."""
         self.reason: str | None = None
         """Why the file could not be read when last tried; what was known before still counts."""
+        self.version = 0
+        """Another one whenever what is known has changed."""
         self._path = path
         self._keys: dict[bytes, KeyRecord] = {}
         self._changes: Changes | None = None
@@ -46,17 +48,24 @@ class KeyBook:
                 self.close()
                 self._keys = {}  # another file has taken its place, or none
                 self._identity = identity
+                self.version += 1
             if identity is None:
+                self.reason = None
                 return False
             if self._changes is None:
                 self._changes = Changes(self._path)
-            changed = self._changes.read()
+            changed, afresh = self._changes.read()
         except (sqlite3.Error, HostError, OSError) as error:
             self.reason = f"keys in {self._path}: {error}"
             return False
         self.reason = None
+        if not (changed or afresh):
+            return False
+        if afresh:
+            self._keys = {}
         self._keys.update((key.hash, key) for key in changed)
-        return bool(changed)
+        self.version += 1
+        return True
 
     def close(self) -> None:
         """Let go of the file."""
@@ -71,10 +80,10 @@ class KeyBook:
         same = compare_digest(found.hash, digest)
         return found if found.is_valid(now_s) & same else None
 
-    def is_valid(self, digest: bytes, now_s: int) -> bool:
-        """Whether the key of that hash may still be served."""
+    def valid(self, digest: bytes, now_s: int) -> KeyRecord | None:
+        """The record of the key of that hash, if it may still be served."""
         found = self._keys.get(digest)
-        return found is not None and found.is_valid(now_s)
+        return found if found is not None and found.is_valid(now_s) else None
 
     def _file(self) -> tuple[int, int] | None:
         try:

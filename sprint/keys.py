@@ -16,13 +16,13 @@ import secrets
 import sqlite3
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sprint.errors import HostError, SprintError
 from sprint.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from typing_extensions import Self
@@ -35,6 +35,8 @@ MAX_NAME: Final = 64
 MAX_CONNECTIONS: Final = 65_535
 DEFAULT_CONNECTIONS: Final = 5
 ID_DIGITS: Final = 12
+MIN_ID_DIGITS: Final = 4
+"""Of an id, to name a key by: a slip of one or two letters must not end somebody's key."""
 NEVER: Final = 0
 
 _VERSION: Final = 1
@@ -56,9 +58,12 @@ _SCHEMA: Final = """
 _SELECT_ALL: Final = """
     SELECT number, hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys ORDER BY number
 """
+_SELECT_ONE: Final = """
+    SELECT number, hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys WHERE number = ?
+"""
+_SELECT_NEWEST: Final = "SELECT max(changed), count(*) FROM keys"
 _SELECT_CHANGED: Final = """
-    SELECT number, hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys
-    WHERE changed > ? AND changed <= ?
+    SELECT changed, number, hash, name, tier, connections, created_s, expires_s, revoked_s FROM keys WHERE changed > ?
 """
 
 
@@ -86,8 +91,8 @@ class KeyRecord:
         return self.hash.hex()[:ID_DIGITS]
 
     def is_valid(self, now_s: int) -> bool:
-        """Neither revoked nor expired."""
-        return self.revoked_s == NEVER and (self.expires_s == NEVER or now_s < self.expires_s)
+        """Neither revoked nor expired; found out in the same steps for every key."""
+        return (self.revoked_s == NEVER) & ((self.expires_s == NEVER) | (now_s < self.expires_s))
 
 
 class UnknownKeyError(SprintError):
@@ -104,20 +109,18 @@ class KeyStore:
 
     def __init__(self, path: Path) -> None:
         """Open the file, or make it with mode 0600. Raises HostError when it can't be, or is something else."""
-        self._path = path
+        self.path = path
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            make_file(path)
             self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-            with self._changing():
-                found = self._database.execute("PRAGMA user_version").fetchone()[0]
-                if found == 0:
-                    for statement in _SCHEMA.split(";"):
-                        self._database.execute(statement)
-                    self._database.execute(f"PRAGMA user_version = {_VERSION}")
-            check_version(path, found or _VERSION)
         except (OSError, sqlite3.Error) as error:
             raise HostError(f"keys in {path}: {error}") from None
+        try:
+            self._prepare()
+        except BaseException:
+            self._database.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -148,19 +151,27 @@ class KeyStore:
     def list(self) -> list[KeyRecord]:
         """Every key there ever was, the oldest first."""
         with self._reporting():
-            return [record_of(row) for row in self._database.execute(_SELECT_ALL)]
+            return [record_of(row) for row in self._database.execute(_SELECT_ALL).fetchall()]
 
     def find(self, which: str) -> KeyRecord:
-        """The key of that id (its first digits will do), or of that name. Raises UnknownKeyError."""
-        matches = [key for key in self.list() if (which and key.id.startswith(which)) or key.name == which]
+        """The key of that name, or else of that id, whose first digits will do. Raises UnknownKeyError."""
+        keys = self.list()
+        matches = [key for key in keys if which in (key.id, key.name)]
+        if not matches and len(which) >= MIN_ID_DIGITS:
+            matches = [key for key in keys if key.id.startswith(which)]
         if len(matches) != 1:
             what = "no key has" if not matches else f"{len(matches)} keys have"
-            raise UnknownKeyError(f"{what} the id or name {which[:MAX_NAME]!r}: `sprint keys list` shows them")
+            said = f"{PREFIX}…" if which.startswith(PREFIX) else which[:MAX_NAME]  # a key isn't repeated
+            raise UnknownKeyError(f"{what} the id or name {said!r}: `sprint keys list` shows them")
         return matches[0]
 
     def find_text(self, key: str) -> KeyRecord:
         """The record of the key whose whole text this is. Raises UnknownKeyError."""
-        return self.find(hash_of(key).hex()[:ID_DIGITS])
+        digest = hash_of(key)
+        for found in self.list():
+            if found.hash == digest:
+                return found
+        raise UnknownKeyError("no key has that text")
 
     def revoke(self, which: str, now_s: int) -> KeyRecord:
         """End that key, for good; sessions by it end within about a second. Raises UnknownKeyError."""
@@ -170,7 +181,18 @@ class KeyStore:
                 "UPDATE keys SET revoked_s = ?, changed = ? WHERE hash = ? AND revoked_s = ?",
                 (now_s, changed, key.hash, NEVER),
             )
-        return self.find(key.id)
+            row = self._database.execute(_SELECT_ONE, (key.number,)).fetchone()
+            return record_of(row)
+
+    def _prepare(self) -> None:
+        """Make the table of a new file. Raises HostError for the file of another version, or of something else."""
+        with self._changing():
+            found = self._database.execute("PRAGMA user_version").fetchone()[0]
+            if found == 0:
+                for statement in _SCHEMA.split(";"):
+                    self._database.execute(statement)
+                self._database.execute(f"PRAGMA user_version = {_VERSION}")
+        check_version(self.path, found or _VERSION)
 
     @contextmanager
     def _changing(self) -> Iterator[int]:
@@ -183,7 +205,8 @@ class KeyStore:
                 yield (newest or 0) + 1
                 self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # a full disk has ended it already
+                    self._database.execute("ROLLBACK")
                 raise
 
     @contextmanager
@@ -191,12 +214,31 @@ class KeyStore:
         try:
             yield
         except sqlite3.Error as error:
-            raise HostError(f"keys in {self._path}: {error}") from None
+            raise HostError(f"keys in {self.path}: {error}") from None
 
 
-def record_of(row: tuple[int, bytes, str, str, int, int, int, int]) -> KeyRecord:
-    """What a row of the two selections says. Raises sqlite3.DatabaseError for a tier that Sprint doesn't know."""
+def make_file(path: Path) -> None:
+    """An empty file of mode 0600, unless there is one. Raises OSError.
+
+    One that root makes belongs to the folder's owner: it is he whose service reads it.
+    """
+    try:
+        made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return
+    try:
+        if os.geteuid() == 0:
+            folder = path.parent.stat()
+            os.fchown(made, folder.st_uid, folder.st_gid)
+    finally:
+        os.close(made)
+
+
+def record_of(row: Sequence[Any]) -> KeyRecord:
+    """What a row of the selections says. Raises sqlite3.DatabaseError for what Sprint never writes."""
     number, digest, name, label, *numbers = row
+    if not (isinstance(digest, bytes) and all(type(value) is int for value in (number, *numbers))):
+        raise sqlite3.DatabaseError(f"key number {number} is damaged")
     try:
         tier = Tier.from_label(label)
     except KeyError:
@@ -218,30 +260,38 @@ class Changes:
         self._path = path
         self._seen = 0
         self._newest = 0
-        uri = f"{path.absolute().as_uri()}?mode=ro"
+        self._count = 0
+        # Not mode=ro: after an operator who was killed in mid-change, a file that may only be read can't be read at
+        # all. Opened so, SQLite takes the half of a change back by itself, where it has the right to.
+        uri = f"{path.absolute().as_uri()}?mode=rw"
         self._database = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+        self._database.execute("PRAGMA query_only = ON")
 
     def close(self) -> None:
         """Let go of the file."""
         self._database.close()
 
-    def read(self) -> list[KeyRecord]:
-        """The keys that changed since the last read; all of them at first.
+    def read(self) -> tuple[list[KeyRecord], bool]:
+        """The keys that changed since the last read, and whether these are all there are: at first, and when an older
+        file was copied over this one.
 
         Raises sqlite3.Error when it can't be read now, as it can't for the instant of a change; HostError when it never
         can be.
         """
         seen = self._one("PRAGMA data_version")  # of the pager: a change by anybody else makes it another
         if seen == self._seen:
-            return []
+            return [], False
         version = self._one("PRAGMA user_version")
         if version == 0:
-            return []  # it is being made
+            return [], False  # it is being made
         check_version(self._path, version)
-        newest = self._one("SELECT max(changed) FROM keys")
-        changed = [record_of(row) for row in self._database.execute(_SELECT_CHANGED, (self._newest, newest))]
-        self._seen, self._newest = seen, newest
-        return changed
+        newest, count = self._database.execute(_SELECT_NEWEST).fetchone()
+        afresh = not self._newest or (newest or 0) < self._newest or count < self._count
+        after = 0 if afresh else self._newest
+        rows = self._database.execute(_SELECT_CHANGED, (after,)).fetchall()  # one statement sees one state of the file
+        changed = [record_of(row) for _, *row in rows]
+        self._seen, self._newest, self._count = seen, max([after, *(row[0] for row in rows)]), count
+        return changed, afresh
 
     def _one(self, statement: str) -> int:
         return int(self._database.execute(statement).fetchone()[0] or 0)

@@ -57,8 +57,14 @@ ACCEPTED: Final = zmq.EVENT_ACCEPTED
 
 
 def new_context() -> Context:
-    """A context of this process: one thread of libzmq's that moves the bytes."""
-    return zmq.Context(io_threads=1)
+    """A context of this process: one thread of libzmq's moves the bytes, with the calling thread's priority."""
+    context: Context = zmq.Context(io_threads=1)
+    # Real-time scheduling isn't inherited (SCHED_RESET_ON_FORK). libzmq aborts when it is refused, which it can't be
+    # where the calling thread has it.
+    if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO:
+        context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_FIFO)
+        context.set(zmq.THREAD_PRIORITY, os.sched_getparam(0).sched_priority)
+    return context
 
 
 class PublisherLink:

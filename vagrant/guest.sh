@@ -25,6 +25,7 @@ for made in .venv tests/real/node/node_modules; do # by the set-up, on the host
 done
 
 cd -- "$root"
+modprobe -q tun || true # whose device node the system makes where it is started as a whole
 for device in /sys/class/net/*/device/driver; do
     [[ "$(readlink -f "$device")" != */virtio_net ]] || nic="$(basename "${device%/device/driver}")"
 done

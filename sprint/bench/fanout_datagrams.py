@@ -76,7 +76,7 @@ class _Senders:
             self.ways[LIVE_TWO] = lambda payload: two.send(payload).transmitted
 
     def place(self, subscribers: int, addresses: bool) -> int:
-        """From now on there are so many, with an address each, or all at the far end's; how long one's join took, ns."""
+        """From now on there are so many, with an address each, or all at the far end's; ns that one's joining took."""
         ports = range(FIRST_PORT, FIRST_PORT + subscribers)
         own = [address_of(number) if addresses else self._far_address for number in range(subscribers)]
         with self._table.batch():

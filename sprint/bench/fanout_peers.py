@@ -56,6 +56,8 @@ class Kind(NamedTuple):
     """What stands in front of the payload that a subscriber gets,"""
     behind: bytes
     """and behind it."""
+    threads: bool
+    """Whether it has several, and so is the quicker with all CPUs."""
 
 
 def kinds(payload: int) -> tuple[Kind, ...]:
@@ -67,9 +69,16 @@ def kinds(payload: int) -> tuple[Kind, ...]:
     ready = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x03SUB"
     nats = ((b"", b"\r\n"), (b'CONNECT {"verbose":false}\r\nSUB b 1\r\nPING\r\n', b"PONG\r\n"))
     return (
-        Kind("libzmq", 20_001, Greeting(((zmtp, 64), (ready, b"PUB"), (b"\x00\x01\x01", 0))), bytes((0, payload)), b""),
-        Kind("redis", 20_002, Greeting(((subscribe, b":1\r\n"),)), resp, b"\r\n"),
-        Kind("nats", 20_003, Greeting(nats), b"MSG b 1 %d\r\n" % payload, b"\r\n"),
+        Kind(
+            "libzmq",
+            20_001,
+            Greeting(((zmtp, 64), (ready, b"PUB"), (b"\x00\x01\x01", 0))),
+            bytes((0, payload)),
+            b"",
+            True,
+        ),
+        Kind("redis", 20_002, Greeting(((subscribe, b":1\r\n"),)), resp, b"\r\n", False),
+        Kind("nats", 20_003, Greeting(nats), b"MSG b 1 %d\r\n" % payload, b"\r\n", True),
     )
 
 
@@ -83,7 +92,7 @@ class _Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: die_with(parent, signal.SIGKILL),
+            preexec_fn=lambda: die_with(parent, signal.SIGKILL),  # noqa: PLW1509 - there are no other threads yet
         )
         self.pid = self._process.pid
         deadline = time.monotonic() + START_TIMEOUT_S

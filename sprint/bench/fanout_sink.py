@@ -49,9 +49,7 @@ class Sink:
     def __init__(self) -> None:
         """Load it: takes some seconds. Raises LoadError, OSError."""
         with ExitStack() as undo:
-            programs, maps = load_in_child(
-                "arrivals.c", {"stamp": "XDP"}, ["arrivals"], {"SOURCE_PORT": SOURCE_PORT}
-            )
+            programs, maps = load_in_child("arrivals.c", {"stamp": "XDP"}, ["arrivals"], {"SOURCE_PORT": SOURCE_PORT})
             self.program_fd = programs["stamp"]
             for descriptor in (*programs.values(), *maps.values()):
                 undo.callback(os.close, descriptor)

@@ -34,6 +34,18 @@ _WAYS = {
     "ringbuf": ("BPF ring buffer", _OURS),
 }
 """Of `bench detect`: what a way is called, and its colour."""
+_FAN_OUTS = (
+    ("wire", "live_frames", "live frames", _OURS),
+    ("wire", "live_frames_two_cpus", "live frames, two CPUs", _ALSO_OURS),
+    ("wire", "af_xdp", "AF_XDP", _OTHERS[3]),
+    ("wire", "sendmmsg", "sendmmsg", _OTHERS[0]),
+    ("sockets", "live_frames", "live frames", _OURS),
+    ("sockets", "stream", "Sprint's TCP stream", _ALSO_OURS),
+    ("sockets", "libzmq", "libzmq", _OTHERS[1]),
+    ("sockets", "redis", "Redis", _OTHERS[2]),
+    ("sockets", "nats", "NATS", _FAINT),
+)
+"""Of `bench fanout`: what is drawn, in this order."""
 _STAGES = (("seen", 1.0), ("hash", 0.6), ("record", 0.3))
 
 
@@ -160,6 +172,40 @@ def plot_stream(result: Mapping[str, Any], path: Path) -> None:
         path,
         "One record to every TCP subscriber, over loopback",
         f"{result['results']['us_a_send']:g} µs a send, {result['ratios']['vs_bare_send_loop']:.2f} of a bare loop's; "
+        f"{result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
+    )
+
+
+def plot_fanout(result: Mapping[str, Any], path: Path) -> None:
+    """Time until the last subscriber has it against subscribers, both axes logarithmic; wire beside sockets."""
+    results = result["results"]
+    sizes = results["sizes"]
+    numbers = [size["subscribers"] for size in sizes]
+    figure = _figure()
+    wire, sockets = figure.subplots(1, 2, sharey=True)
+    axes = {"wire": wire, "sockets": sockets}
+    for place, way, label, colour in _FAN_OUTS:
+        found = [(size["subscribers"], size[place][way]) for size in sizes if size[place] and way in size[place]]
+        points = [(number, figures["last_ms"]) for number, figures in found if "last_ms" in figures]
+        if points:
+            last = f"{label}: {points[-1][1]:.3g} ms"
+            width = 2.6 if colour in {_OURS, _ALSO_OURS} else 1.5
+            axes[place].plot(*zip(*points, strict=True), color=colour, linewidth=width, marker="o", ms=4, label=last)
+    for place, words in (("wire", "on the wire: stamped by XDP at the far end"), ("sockets", "to sockets, and read")):
+        axes[place].set(xscale="log", yscale="log")
+        axes[place].set_xticks(numbers, [f"{number:,}" for number in numbers], fontsize=8)
+        axes[place].set_xlabel(f"subscribers {words}", fontsize=9)
+        axes[place].legend(loc="upper left", framealpha=1, edgecolor="none", fontsize=8)
+    wire.set_ylabel("publication → the last subscriber has it, ms (median)")
+    sockets.minorticks_off()
+    sockets.grid(axis="y", color="#dee2e6", linewidth=0.7)
+    sockets.spines[["top", "right"]].set_visible(False)
+    _finish(
+        figure,
+        wire,
+        path,
+        f"One record of {results['record_bytes']} bytes to every subscriber",
+        f"values: at the largest number; one veth pair, all ways in turns; "
         f"{result['machine']['cpu']}, {result['machine']['cpus']} CPUs",
     )
 

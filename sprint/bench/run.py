@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from sprint.bench.plots import plot_detect, plot_ring, plot_stream, require_matplotlib
+from sprint.bench.plots import plot_detect, plot_fanout, plot_ring, plot_stream, require_matplotlib
 from sprint.errors import HostError
 
 Result = dict[str, dict[str, Any]]
@@ -82,6 +82,24 @@ def detect(progress: Advance, options: Options) -> Result:
     return measure_detect(progress, ANNOUNCEMENTS if options.announcements is None else options.announcements)
 
 
+def fanout(progress: Advance, options: Options) -> Result:
+    """One record to up to 50,000 subscribers, on the wire and to sockets, beside libzmq, Redis and NATS."""
+    from sprint.bench.fanout import SUBSCRIBERS, measure_fanout  # noqa: PLC0415
+
+    return measure_fanout(progress, SUBSCRIBERS if options.subscribers is None else options.subscribers)
+
+
+def end_to_end(progress: Advance, options: Options) -> Result:
+    """From a block's announcement at the interface to each subscriber's frame at the far end, by the product itself."""
+    from sprint.bench.end_to_end import BLOCKS, SUBSCRIBERS, measure_end_to_end  # noqa: PLC0415
+
+    return measure_end_to_end(
+        progress,
+        BLOCKS if options.announcements is None else options.announcements,
+        SUBSCRIBERS if options.subscribers is None else options.subscribers,
+    )
+
+
 def bulk(progress: Advance, _options: Options) -> Result:
     """Bulk TCP through an interface that is captured, beside one with an empty XDP program; native and generic."""
     from sprint.bench.bulk import measure_bulk  # noqa: PLC0415
@@ -92,6 +110,8 @@ def bulk(progress: Advance, _options: Options) -> Result:
 BENCHMARKS: dict[str, Benchmark] = {
     "bulk": Benchmark(bulk),
     "detect": Benchmark(detect, plot_detect, takes_announcements=True),
+    "end-to-end": Benchmark(end_to_end, takes_subscribers=True, takes_announcements=True),
+    "fanout": Benchmark(fanout, plot_fanout, takes_subscribers=True),
     "ring": Benchmark(ring, plot_ring),
     "stream": Benchmark(stream, plot_stream, takes_subscribers=True),
     "wire": Benchmark(wire),

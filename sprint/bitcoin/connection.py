@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from sprint.bitcoin.networks import Network
 
+USER_AGENT = "/BitcoinSprint:0.1.0/"
 MIN_PEER_VERSION = 70015
 """From this version on a peer may push a compact block that it hasn't fully validated, and bears with one that turns
 out invalid; a relay that is to be first depends on both. It implies sendheaders (70012) and sendcmpct (70014)."""
@@ -80,7 +81,7 @@ class ConnectionConfig:
     """An initiator speaks first."""
     services: int = 0
     """The NODE_… bits we claim; none, unless blocks are served."""
-    user_agent: str = "/BitcoinSprint:0.1.0/"
+    user_agent: str = USER_AGENT
     """BIP14; ASCII, at most 256 bytes."""
     start_height: int = 0
     """The height we claim, for information only."""

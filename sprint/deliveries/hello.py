@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import Address, parse_address
@@ -32,6 +32,7 @@ NOT_ACCEPTED: Final = "not accepted"
 FULL: Final = "too many subscribers"
 TOO_LONG: Final = f"hello longer than {MAX_HELLO} bytes"
 TOO_SLOW: Final = "no hello in time"
+HUNG_UP: Final = "hung up"
 
 _KEYS: Final = ("key", "since", "format", "udp")
 _BROADCAST: Final = ipaddress.IPv4Address("255.255.255.255")
@@ -42,7 +43,7 @@ _FORMATS: Final = {form.label: form for form in Format}
 class Hello:
     """What a subscriber asks for; an empty object asks for the defaults."""
 
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)  # whatever shows a hello shows no key
     since: int | None = None
     """The first sequence wanted; None: from the next record on."""
     format: Format = Format.BINARY

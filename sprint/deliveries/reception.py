@@ -73,7 +73,7 @@ def network_of(family: int, host: str) -> str:
 class _Arrival:
     """One connection that has not said its hello yet, or was refused and is being seen off."""
 
-    __slots__ = ("deadline_ns", "network", "received", "refused", "sock", "told")
+    __slots__ = ("deadline_ns", "network", "received", "refusal", "refused", "sock", "told")
 
     def __init__(self, sock: socket.socket, network: str, deadline_ns: int) -> None:
         self.sock = sock
@@ -82,6 +82,8 @@ class _Arrival:
         self.received = b""
         self.refused = 0
         """Bytes that came after its refusal, and one: more than LINGER_BYTES end it. 0: not refused."""
+        self.refusal = Refusal(TOO_SLOW)
+        """What it is told when its time is up."""
         self.told = False
 
 
@@ -206,10 +208,17 @@ class Reception:
             asked = refusal
             self._loop.add_reader(arrival.sock, self._readable, arrival)
         if asked.delay_ns:
-            arrival.refused = 1  # what else it says is not listened to
-            self._loop.call_later(asked.delay_ns / NS_PER_S, self._refuse, arrival, asked)
+            self._delay(arrival, asked)
         else:
             self._refuse(arrival, asked)
+
+    def _delay(self, arrival: _Arrival, refusal: Refusal) -> None:
+        """Refuse it later; its time begins anew, or whoever is late with his hello would have his answer at once."""
+        arrival.refused = 1  # what else it says is not listened to
+        arrival.refusal = refusal
+        arrival.deadline_ns = self._clock() + self._hello_timeout_ns
+        self._arrivals[arrival] = self._arrivals.pop(arrival)
+        self._loop.call_later(refusal.delay_ns / NS_PER_S, self._refuse, arrival, refusal)
 
     def _refuse(self, arrival: _Arrival, refusal: Refusal) -> None:
         if arrival.told or arrival not in self._arrivals:
@@ -227,7 +236,7 @@ class Reception:
                 self._timer = self._loop.call_later((oldest.deadline_ns - now) / 1e9, self._too_slow)
                 return
             if not oldest.told:
-                self._refuse(oldest, Refusal(TOO_SLOW))
+                self._refuse(oldest, oldest.refusal)
             self._end(oldest)
 
     def _end(self, arrival: _Arrival) -> None:

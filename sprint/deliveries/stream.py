@@ -192,6 +192,8 @@ class StreamDelivery:
             for tier in TOP_FIRST:
                 if self._rosters.has(tier):
                     self._publish_to(tier, first, records, frames)
+        if self._udp is not None:
+            self._udp.published()
         if self._unsettled:
             self._loop.call_soon(self._settle)
         self._processing.record(self._clock() - began)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import socket
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -142,7 +141,7 @@ class Link:
             self._sock.send(data)
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:  # the other end is closed: everything is being taken down
+        except OSError:  # as in _readable()
             return True
         return True
 
@@ -154,10 +153,14 @@ class Link:
         self._loop.remove_writer(self._sock)
 
     def _readable(self) -> None:
-        with suppress(BlockingIOError, InterruptedError):
-            for _ in range(_MESSAGES_A_TURN):
+        for _ in range(_MESSAGES_A_TURN):
+            try:
                 data = self._sock.recv(MAX_MESSAGE)
-                if not data:
-                    self._loop.remove_reader(self._sock)
-                    return
-                self._received(decode(data))
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                data = b""
+            if not data:  # the other end is closed: everything is being taken down
+                self._loop.remove_reader(self._sock)
+                return
+            self._received(decode(data))

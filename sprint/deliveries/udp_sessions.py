@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import Address
 from sprint.datagrams import TOKEN_SIZE
-from sprint.deliveries.hello import Refusal, UdpOffer
+from sprint.deliveries.hello import HUNG_UP, Refusal, UdpOffer
 from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Wanted
 from sprint.frames import UdpChange, UdpReason, UdpState, udp_frame
 from sprint.tiers import Tier
@@ -61,6 +61,8 @@ class UdpSessions:
         self._rosters = rosters
         self._catching_up = catching_up
         self._sessions: dict[bytes, Subscriber] = {}
+        self._behind: dict[bytes, Subscriber] = {}
+        """Proven, and still to be sent something over TCP before they are parked."""
         self._link = Link(loop, service.link, self._received)
 
     def __iter__(self) -> Iterator[Subscriber]:
@@ -75,7 +77,10 @@ class UdpSessions:
         if subscriber.tier not in UDP_TIERS:
             names = " and ".join(tier.label for tier in UDP_TIERS)
             return Refusal(f"udp: tier {subscriber.tier.label} has none, {names} have: subscribe without it")
-        peer, local = (unmapped(end[0]) for end in (subscriber.sock.getpeername(), subscriber.sock.getsockname()))
+        try:
+            peer, local = (unmapped(end[0]) for end in (subscriber.sock.getpeername(), subscriber.sock.getsockname()))
+        except OSError:  # it has hung up already, and won't read this
+            return Refusal(HUNG_UP)
         bound = self._service.address
         token = secrets.token_bytes(TOKEN_SIZE)
         wanted = Wanted(token, subscriber.tier, Address(wish.host or peer, wish.port), peer)
@@ -88,12 +93,21 @@ class UdpSessions:
         """It has been sent everything that is published."""
         udp = subscriber.udp
         if udp is not None and not subscriber.parked and 0 < udp.first <= subscriber.cursor:
+            self._behind.pop(udp.wanted.token, None)
             subscriber.park()
             self._rosters.remove(subscriber)
             self._tell(subscriber, UdpState.ACTIVE, UdpReason.NONE)
 
+    def published(self) -> None:
+        """Whoever is idle has been sent what is new."""
+        for subscriber in list(self._behind.values()):
+            if subscriber.idle:
+                self.caught_up(subscriber)
+
     def end(self, subscriber: Subscriber) -> None:
         """Its connection is over."""
+        if subscriber.udp is not None:
+            self._behind.pop(subscriber.udp.wanted.token, None)
         if subscriber.udp is not None and self._sessions.pop(subscriber.udp.wanted.token, None) is not None:
             self._link.send(Ended(subscriber.udp.wanted.token))
 
@@ -106,6 +120,7 @@ class UdpSessions:
             return  # it has ended meanwhile, or was the one's before us
         if isinstance(message, Active):
             subscriber.udp.first = message.first
+            self._behind[message.token] = subscriber
             if subscriber.idle:
                 self.caught_up(subscriber)
         elif isinstance(message, Inactive):
@@ -122,6 +137,7 @@ class UdpSessions:
     def _inactive(self, subscriber: Subscriber, reason: UdpReason) -> None:
         assert subscriber.udp is not None
         subscriber.udp.first = 0
+        self._behind.pop(subscriber.udp.wanted.token, None)
         if subscriber.parked:
             subscriber.unpark()
             self._rosters.add(subscriber)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
+from sprint.bitcoin.connection import USER_AGENT
 from sprint.bitcoin.messages import MSG_WITNESS_BLOCK, GetData
 from sprint.bitcoin.peer_events import BlockReceived, ConnectionEvent, HandshakeCompleted, LatencyMeasured, NotFound
 from sprint.events import PeerGone, PeerReady
@@ -109,6 +110,9 @@ class FetchedBlock(NamedTuple):
 
 class _BlockPeer(Upstream):
     """An upstream of which only blocks are heard."""
+
+    user_agent: ClassVar[str] = USER_AGENT[:-1] + "(blocks)/"
+    """So that the node's operator knows our two connections apart."""
 
     def __init__(self, fetcher: BlockFetcher, address: Address, network: Network, nonce: int) -> None:
         super().__init__(address, network, nonce, lambda: 0)

@@ -12,10 +12,10 @@ import random
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sprint.bitcoin.block import HEADER_SIZE, double_sha256
-from sprint.bitcoin.connection import Connection, ConnectionConfig, PeerViolation, Phase, Role
+from sprint.bitcoin.connection import USER_AGENT, Connection, ConnectionConfig, PeerViolation, Phase, Role
 from sprint.bitcoin.messages import MAX_HEADERS, GetHeaders
 from sprint.bitcoin.peer_events import (
     BlockAnnounced,
@@ -66,6 +66,9 @@ class Account:
 
 class Upstream:
     """A peer that we keep a connection to."""
+
+    user_agent: ClassVar[str] = USER_AGENT
+    """What the peer is told that we are (BIP14)."""
 
     def __init__(self, address: Address, network: Network, nonce: int, tip_height: Callable[[], int]) -> None:
         self.address = address
@@ -161,6 +164,7 @@ class Upstream:
             config = ConnectionConfig(
                 network=self._network,
                 role=Role.INITIATOR,
+                user_agent=self.user_agent,
                 start_height=self._tip_height(),
                 compact_high_bandwidth=self.account.high_bandwidth,
             )

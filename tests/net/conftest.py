@@ -9,11 +9,12 @@ import pytest
 from tests.net.netns import Namespace, veth_pair
 from tests.net.slowness import SLOWNESS
 from tests.net.subscribers import SOURCE_PORT, Cable, switch_gro
-from xdp import loader
+from xdp import features, loader
 from xdp.fanout import Fanout, open_fanout
 from xdp.fanout_maps import Sender
 from xdp.fanout_run import FanoutRun
 from xdp.fanout_table import FanoutTable
+from xdp.features import Feature
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +29,15 @@ def bpf_loadable() -> None:
     reason = loader.missing()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tcx(bpf_loadable: None) -> bool:
+    """Whether this kernel has links for tc (6.6). Before, a filter on the interface outlives who attached it."""
+    trials = (features.probe(Feature.TCX).available for _ in range(SLOWNESS))
+    found = next((trial for trial in trials if trial is not None), None)
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -125,8 +125,7 @@ def test_one_that_was_renamed_or_down_is_still_captured_and_proves_it(
 
 def test_a_link_that_somebody_forces_off_is_noticed(outlet: Outlet, wires: dict[str, Veth]) -> None:
     with climb(outlet, "alpha") as alpha:
-        for link in alpha._links[1:]:
-            kernel.bpf(LINK_DETACH, struct.pack("=I", link))
+        kernel.bpf(LINK_DETACH, struct.pack("=I", alpha._links[-1]))  # the only one where tc has no links
         assert not alpha.intact()
         with pytest.raises(OSError, match="forced off"):
             alpha.prove()
@@ -136,8 +135,10 @@ def test_a_link_that_somebody_forces_off_is_noticed(outlet: Outlet, wires: dict[
 
 @pytest.mark.parametrize("has_tcx", [True, False])
 def test_of_a_killed_owner_of_two_nothing_stays_on_either_and_the_rest_is_cleaned(
-    loaded: Loaded, wires: dict[str, Veth], monkeypatch: pytest.MonkeyPatch, has_tcx: bool
+    loaded: Loaded, wires: dict[str, Veth], monkeypatch: pytest.MonkeyPatch, has_tcx: bool, tcx: bool
 ) -> None:
+    if has_tcx and not tcx:
+        pytest.skip("no TCX before Linux 6.6")
     if not has_tcx:
         monkeypatch.setattr(kernel, "ATTACH_TCX_INGRESS", 0x7FFF)  # as a kernel before 6.6: EINVAL
     kept: list[object] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -63,6 +64,9 @@ class Outcome(NamedTuple):
 class Bench:
     """The programs, with nothing remembered from another test."""
 
+    epochs = count(0, 1 << 16)
+    """Apart by more than the programs themselves count up in a test."""
+
     def __init__(self, loaded: loader.Loaded, ring: RingBuffer) -> None:
         self.loaded, self.ring = loaded, ring
         loaded.configure(express=1, wakeup=0, mirror_ifindex=1, every_magic=0)
@@ -75,6 +79,7 @@ class Bench:
         for key in kernel.map_keys(maps["flows"], LAYOUTS["flow_key"].size):
             kernel.map_delete(maps["flows"], key)
         kernel.map_update(maps["counters"], bytes(4), bytes(LAYOUTS["counters"].size * EVERY_CPU))
+        self.loaded.configure(epoch=next(self.epochs))
         self.drain()
 
     def drain(self) -> list[Captured]:

@@ -94,6 +94,9 @@ def compact_size(value: int) -> bytes:
 class ScriptedPeer:
     """An upstream on a free port, of loopback if not told otherwise, as a context manager."""
 
+    aside: bytes | None = b"(blocks)"
+    """In its version message, whom not to count as the one who is connected."""
+
     def __init__(self, height: int = 0, served: Iterable[bytes] = (), *, host: str = "127.0.0.1") -> None:
         """`height` is what its version message claims, `served` the headers that any getheaders is answered with."""
         self.height = height
@@ -105,6 +108,7 @@ class ScriptedPeer:
         self._listener = socket.create_server((host, 0), backlog=8)
         self._changed = threading.Condition()
         self._sending = threading.Lock()
+        self._attention = threading.Lock()
         self._connection: socket.socket | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -186,15 +190,34 @@ class ScriptedPeer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection:
-                connection.settimeout(SEND_TIMEOUT_S)
-                with suppress(OSError, EOFError):
-                    self._converse(connection)
-            with self._changed:
-                self._connection = None
-                self._changed.notify_all()
+            connection.settimeout(SEND_TIMEOUT_S)
+            threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
 
-    def _converse(self, connection: socket.socket) -> None:
+    def _attend(self, connection: socket.socket) -> None:
+        """One connection to its end. One at a time has our attention, except that who only fetches blocks stands aside:
+        it is shaken hands with, and is told that there are none."""
+        with connection, suppress(OSError, EOFError):
+            version = _exactly(connection, _HEADER.size)
+            version += _exactly(connection, _HEADER.unpack(version)[2])
+            if self.aside is not None and self.aside in version:
+                self._answer(connection, "version", version[_HEADER.size :])
+                while True:
+                    _, command, length, _ = _HEADER.unpack(_exactly(connection, _HEADER.size))
+                    payload = _exactly(connection, length)
+                    if command.startswith(b"getdata"):
+                        connection.sendall(message("notfound", payload))
+                    elif command.startswith(b"ping"):
+                        connection.sendall(message("pong", payload))
+            with self._attention:
+                try:
+                    self._converse(connection, version)
+                finally:
+                    with self._changed:
+                        self._connection = None
+                        self._changed.notify_all()
+
+    def _converse(self, connection: socket.socket, version: bytes) -> None:
+        self._hear(connection, "version", version[_HEADER.size :])
         while True:
             try:
                 magic, raw_command, length, _ = _HEADER.unpack(_exactly(connection, _HEADER.size))
@@ -202,15 +225,17 @@ class ScriptedPeer:
                 continue  # nobody has said anything for a while
             assert magic == REGTEST_MAGIC
             payload = _exactly(connection, length)
-            command = raw_command.rstrip(b"\0").decode()
-            with self._sending:
-                self._answer(connection, command, payload)
-            with self._changed:
-                self.received[command] = self.received.get(command, 0) + 1
-                if command == "verack":
-                    self.handshakes += 1
-                    self._connection = connection
-                self._changed.notify_all()
+            self._hear(connection, raw_command.rstrip(b"\0").decode(), payload)
+
+    def _hear(self, connection: socket.socket, command: str, payload: bytes) -> None:
+        with self._sending:
+            self._answer(connection, command, payload)
+        with self._changed:
+            self.received[command] = self.received.get(command, 0) + 1
+            if command == "verack":
+                self.handshakes += 1
+                self._connection = connection
+            self._changed.notify_all()
 
     def _answer(self, connection: socket.socket, command: str, payload: bytes) -> None:
         if command == "version":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sprint.client import events
+from sprint.addresses import Address, parse_address
+from sprint.client_datagrams import DatagramProtocol
+from sprint.client_retry import Pauses
+from sprint.client_udp import datagram_events
 from sprint.events import Lapped
 from sprint.frames import UdpChange
 from sprint.record import Record
@@ -21,9 +24,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from typing_extensions import Self
+
     from tests.net.netns import Namespace
     from tests.real.bcoin import BcoinNode
     from tests.real.product import Event
+
+
+class _Pauses(Pauses):
+    """Until the test is over."""
+
+    over = False
+
+    def after(self, error: Exception) -> float:
+        if self.over:
+            raise error
+        return super().after(error)
 
 
 class UdpStream(EventLog):
@@ -31,11 +47,18 @@ class UdpStream(EventLog):
 
     def __init__(self, address: str, key: str, namespace: Namespace | None = None) -> None:
         """In that network namespace, or in the test's."""
-        super().__init__(self._told(address, key, namespace))
+        self._pauses = _Pauses(reconnect=True)
+        super().__init__(self._told(parse_address(address), key, namespace))
 
-    def _told(self, address: str, key: str, namespace: Namespace | None) -> Iterator[Event]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pauses.over = True  # it ends with its connection
+
+    def _told(self, address: Address, key: str, namespace: Namespace | None) -> Iterator[Event]:
         with nullcontext() if namespace is None else namespace.entered():  # of the thread that gathers
-            for item in events(address, key=key, udp=True):
+            for item in datagram_events(address, DatagramProtocol(key=key), self._pauses):
                 if isinstance(item, Record):
                     yield item.as_dict()
                 elif isinstance(item, UdpChange):
@@ -66,10 +89,10 @@ def assert_whole(log: UdpStream, mined: list[str]) -> None:
 
 def test_udp_subscribers_miss_nothing_whatever_is_killed(bcoin: BcoinNode, tmp_path: Path) -> None:
     bcoin.mine(5)
-    with Product(tmp_path, bcoin.p2p_address, **QUIET, DELIVERY_WORKERS="1") as product:
+    with ExitStack() as stack, Product(tmp_path, bcoin.p2p_address, **QUIET, DELIVERY_WORKERS="1") as product:
         product.wait_until_healthy()
         all_processes(product)
-        logs = [UdpStream(product.stream, product.key) for _ in range(3)]
+        logs = [stack.enter_context(UdpStream(product.stream, product.key)) for _ in range(3)]
         for log in logs:
             log.wait_until_active()
         mined = bcoin.mine(3)
@@ -98,9 +121,9 @@ def test_udp_subscribers_miss_nothing_whatever_is_killed(bcoin: BcoinNode, tmp_p
 
 def test_the_standard_engine_serves_udp_too(bcoin: BcoinNode, tmp_path: Path) -> None:
     bcoin.mine(5)
-    with Product(tmp_path, bcoin.p2p_address, USE_SHARED_MEMORY="false") as product:
+    with ExitStack() as stack, Product(tmp_path, bcoin.p2p_address, USE_SHARED_MEMORY="false") as product:
         assert product.wait_until_healthy()["engine"] == "standard"
-        log = UdpStream(product.stream, product.key)
+        log = stack.enter_context(UdpStream(product.stream, product.key))
         log.wait_until_active()
         mined = bcoin.mine(3)
         log.wait_for_hashes("validated", mined)

@@ -182,7 +182,8 @@ def test_with_proof_by_a_node_the_node_builds_on_the_block_when_the_message_come
         bitcoind.submit(block.payload)
         reader.wait_for_tip(shown)
         assert bitcoind.best() == shown
-        stream.wait_for_hashes("validated", [shown])
+        for event in ("validated", "rebuilt"):
+            stream.wait_for_hashes(event, [shown])
         reader.wait_until(lambda: len(reader.of("sprint")) == len(stream.events), "all records")
         reader.messages[:] = []
         stream.events.clear()

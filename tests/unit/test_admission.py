@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprint.admission import FORGET_NS, FREE_FAILURES, LAST_DELAY_NS, MAX_NETWORKS, Admission, Denial, Ticket
+from sprint.admission import (
+    ENDS_A_TURN,
+    FORGET_NS,
+    FREE_FAILURES,
+    LAST_DELAY_NS,
+    MAX_NETWORKS,
+    Admission,
+    Denial,
+    Ticket,
+)
 from sprint.key_book import KeyBook
 from sprint.keys import FILE_NAME, KeyStore
 from sprint.seats import private_seats
@@ -87,7 +96,73 @@ def test_the_failures_that_are_remembered_are_bounded(tmp_path: Path) -> None:
     admission = gate(tmp_path)
     for n in range(MAX_NETWORKS + 100):
         admission.admit("bad", f"network {n}", NS, S)
-    assert len(admission._failures) == MAX_NETWORKS
+    assert len(admission._failures) == MAX_NETWORKS + 1
+    admission.admit("bad", HERE, NS + FORGET_NS + 1, S)
+    assert len(admission._failures) == 1
+
+
+def test_whoever_has_many_addresses_gets_no_failure_forgotten_and_no_more_fast_answers(tmp_path: Path) -> None:
+    admission = gate(tmp_path)
+    for _ in range(FREE_FAILURES + 20):
+        admission.admit("bad", HERE, NS, S)
+    delays = [denial(admission.admit("bad", f"network {n}", NS + 1, S)).delay_ns for n in range(2 * MAX_NETWORKS)]
+    assert delays[-1] == LAST_DELAY_NS
+    assert denial(admission.admit("bad", HERE, NS + 2, S)).delay_ns == LAST_DELAY_NS
+
+
+def test_a_session_that_can_not_be_ended_keeps_no_other(store: KeyStore, tmp_path: Path) -> None:
+    key = store.create("acme", Tier.TURBO, S, connections=2)
+    admission = gate(tmp_path)
+    ended: list[str] = []
+
+    def fail() -> None:
+        raise OSError("a bug")
+
+    ticket(admission.admit(key, HERE, NS, S)).end = fail
+    ticket(admission.admit(key, HERE, NS, S)).end = lambda: ended.append("other")
+    store.revoke("acme", S)
+    with pytest.raises(OSError, match="a bug"):
+        admission.check(S)
+    assert admission.check(S) == 1
+    assert ended == ["other"]
+    assert admission.seats.taken(1) == 0
+
+
+def test_a_key_with_thousands_of_sessions_ends_in_turns_and_whoever_left_meanwhile_is_not_ended(
+    store: KeyStore, tmp_path: Path
+) -> None:
+    key = store.create("acme", Tier.TURBO, S, connections=2 * ENDS_A_TURN + 10)
+    admission = gate(tmp_path)
+    ended: list[int] = []
+    tickets = [ticket(admission.admit(key, HERE, NS, S)) for _ in range(2 * ENDS_A_TURN + 10)]
+    for number, one in enumerate(tickets):
+        one.end = lambda number=number: ended.append(number)  # type: ignore[misc]  # bound now
+    store.revoke("acme", S)
+
+    assert admission.check(S) == ENDS_A_TURN
+    admission.leave(tickets[-1])
+    assert denial(admission.admit(key, HERE, NS, S)) == Denial(0)
+    assert admission.check(S) == ENDS_A_TURN
+    assert admission.check(S) == 9
+    assert admission.check(S) == 0
+    assert sorted(ended) == list(range(len(tickets) - 1))
+    assert admission.seats.taken(1) == 0
+
+
+def test_each_key_ends_when_it_expires_whichever_came_first(store: KeyStore, tmp_path: Path) -> None:
+    store.create("other", Tier.TURBO, S, connections=1)
+    soon, later = (store.create(f"{n}", Tier.TURBO, S, expires_s=S + n, connections=1) for n in (10, 20))
+    admission = gate(tmp_path)
+    ended: list[str] = []
+    ticket(admission.admit(later, HERE, NS, S)).end = lambda: ended.append("later")
+    assert admission.check(S) == 0
+    ticket(admission.admit(soon, HERE, NS, S)).end = lambda: ended.append("soon")
+    assert admission.check(S + 9) == 0
+    assert admission.check(S + 10) == 1
+    assert ended == ["soon"]
+    assert admission.check(S + 19) == 0
+    assert admission.check(S + 25) == 1
+    assert ended == ["soon", "later"]
 
 
 def test_a_revoked_or_expired_key_ends_its_sessions_and_nobody_elses(store: KeyStore, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sqlite3
 import statistics
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,13 +54,13 @@ def test_a_key_is_unknown_once_it_is_revoked_or_has_expired(path: Path) -> None:
         book = KeyBook(path)
         assert book.look_up(expiring, NOW + 9) is not None
         assert book.look_up(expiring, NOW + 10) is None
-        assert book.is_valid(hash_of(revoked), NOW)
+        assert book.valid(hash_of(revoked), NOW) is not None
 
         store.revoke("revoked", NOW)
         assert book.refresh()
 
     assert book.look_up(revoked, NOW) is None
-    assert not book.is_valid(hash_of(revoked), NOW)
+    assert book.valid(hash_of(revoked), NOW) is None
 
 
 def test_of_ten_thousand_keys_each_is_found_and_no_change_is_missed(path: Path) -> None:
@@ -119,6 +121,65 @@ def test_a_removed_file_ends_every_key_and_another_in_its_place_counts(path: Pat
     path.unlink()
     book.refresh()
     assert book.look_up(new, NOW) is None
+
+
+def test_an_older_file_that_is_copied_over_this_one_counts_as_it_is(path: Path) -> None:
+    with KeyStore(path) as store:
+        old = store.create("old", Tier.TURBO, NOW, connections=1)
+    backup = path.read_bytes()
+    with KeyStore(path) as store:
+        new = store.create("new", Tier.TURBO, NOW, connections=1)
+    book = KeyBook(path)
+    assert book.look_up(new, NOW) is not None
+
+    path.write_bytes(backup)
+
+    assert book.refresh()
+    assert book.look_up(new, NOW) is None
+    assert book.look_up(old, NOW) is not None
+    with KeyStore(path) as store:
+        again = store.create("again", Tier.TURBO, NOW, connections=1)
+    book.refresh()
+    assert book.look_up(again, NOW) is not None
+
+
+def test_a_file_that_was_damaged_and_mended_in_place_is_read_again(path: Path) -> None:
+    with KeyStore(path) as store:
+        key = store.create("acme", Tier.TURBO, NOW, connections=1)
+    good = path.read_bytes()
+    book = KeyBook(path)
+    for damaged in (b"no database" * 400, good[:5_000]):
+        path.write_bytes(damaged)
+        book.refresh()
+        assert book.reason is not None
+        assert book.look_up(key, NOW) is not None
+        assert len(KeyBook(path)) == 0
+        path.write_bytes(good)
+        book.refresh()
+        assert book.reason is None
+
+
+def test_an_operator_who_is_killed_in_mid_change_keeps_nobody_out(path: Path) -> None:
+    with KeyStore(path) as store:
+        key = store.create("acme", Tier.TURBO, NOW, connections=1)
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            database = sqlite3.connect(path, isolation_level=None)
+            database.execute("PRAGMA cache_size = 1")  # so that half a change gets to the file
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("UPDATE keys SET revoked_s = 1, changed = changed + 1")
+            database.execute("CREATE TABLE filling (x)")
+            for _ in range(100):
+                database.execute("INSERT INTO filling VALUES (randomblob(3000))")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert path.with_name(f"{FILE_NAME}-journal").stat().st_size
+
+    book = KeyBook(path)
+
+    assert book.reason is None
+    assert book.look_up(key, NOW) is not None
 
 
 @given(st.text() | st.text(alphabet="0123456789abcdef", min_size=64, max_size=64).map("spk_{}".format))

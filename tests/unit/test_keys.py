@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sprint.errors import HostError
-from sprint.keys import FILE_NAME, KEY, MAX_CONNECTIONS, MAX_NAME, NEVER, KeyStore, UnknownKeyError, hash_of
+from sprint.keys import (
+    FILE_NAME,
+    KEY,
+    MAX_CONNECTIONS,
+    MAX_NAME,
+    MIN_ID_DIGITS,
+    NEVER,
+    KeyStore,
+    UnknownKeyError,
+    hash_of,
+)
 from sprint.tiers import Tier
 
 if TYPE_CHECKING:
@@ -93,6 +103,54 @@ def test_an_ambiguous_or_unknown_name_is_refused(store: KeyStore) -> None:
     assert all(key.is_valid(NOW) for key in store.list())
 
 
+def test_a_name_goes_before_an_id_and_a_slip_of_few_letters_names_nobody(store: KeyStore) -> None:
+    store.create("acme", Tier.PRO, NOW, connections=1)
+    first = store.find("acme")
+    store.create(first.id[:6], Tier.PRO, NOW, connections=1)
+
+    assert store.find(first.id[:6]).name == first.id[:6]
+    assert store.find(first.id[:7]) == first
+    for few in range(MIN_ID_DIGITS):
+        with pytest.raises(UnknownKeyError):
+            store.find(first.id[:few])
+
+
+def test_a_key_that_is_named_as_another_ones_id_is_still_shown_when_it_is_made(store: KeyStore) -> None:
+    first = store.create("acme", Tier.PRO, NOW, connections=1)
+    second = store.create(store.find_text(first).id, Tier.TURBO, NOW, connections=1)
+    assert store.find_text(second).tier is Tier.TURBO
+    with pytest.raises(UnknownKeyError):
+        store.find_text(first[:-1])
+
+
+def test_a_key_that_is_given_where_an_id_was_expected_is_not_repeated(store: KeyStore) -> None:
+    key = store.create("acme", Tier.PRO, NOW, connections=1)
+    with pytest.raises(UnknownKeyError) as error:
+        store.find(key)
+    assert key[4:12] not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a file of another user's")
+def test_a_file_that_root_makes_belongs_to_the_folders_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "service"
+    folder.mkdir()
+    os.chown(folder, 4_321, 5_432)
+    with KeyStore(folder / FILE_NAME) as store:
+        store.create("acme", Tier.PRO, NOW, connections=1)
+    for file in folder.iterdir():
+        assert (file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) == (4_321, 5_432, 0o600)
+
+
+def test_a_row_that_is_damaged_is_told(store: KeyStore, tmp_path: Path) -> None:
+    store.create("acme", Tier.PRO, NOW, connections=1)
+    for damage in ("expires_s = 'x'", "tier = 'gold'", "hash = '0123456789abcdef0123456789abcdef'"):
+        with sqlite3.connect(tmp_path / FILE_NAME) as database:
+            database.execute(f"UPDATE keys SET {damage}")
+        database.close()
+        with pytest.raises(HostError, match="key"):
+            store.list()
+
+
 def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_bytes(b"not a database at all" * 100)
@@ -112,26 +170,28 @@ def test_a_file_of_another_version_is_refused(store: KeyStore, tmp_path: Path) -
 
 def test_several_operators_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
-    failures: list[BaseException] = []
+    operators = []
+    for who in range(4):  # processes, as they are: a file's locks are held by processes
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                operate(path, who)
+                status = 0
+            finally:
+                os._exit(status)
+        operators.append(child)
+    assert [os.waitpid(child, 0)[1] for child in operators] == [0] * 4
 
-    def operate(who: int) -> None:
-        try:
-            with KeyStore(path) as store:
-                for number in range(20):
-                    store.create(f"{who}-{number}", Tier.PRO, NOW, connections=1)
-                    if number % 2:
-                        store.revoke(f"{who}-{number}", NOW)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=operate, args=(who,)) for who in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-
-    assert not failures
     with KeyStore(path) as store:
         keys = store.list()
     assert len(keys) == 80
     assert sum(key.is_valid(NOW) for key in keys) == 40
+
+
+def operate(path: Path, who: int) -> None:
+    with KeyStore(path) as store:
+        for number in range(20):
+            store.create(f"{who}-{number}", Tier.PRO, NOW, connections=1)
+            if number % 2:
+                store.revoke(f"{who}-{number}", NOW)

@@ -1,6 +1,7 @@
-/* The far end of a benchmark's link: notes when the first datagram for each UDP port came in, and drops it.
+/* The far end of a benchmark's link: notes when the first record of a new block came in for each UDP port.
  *
- *   stamp  XDP, native: frames that are IPv4 without options, UDP from SOURCE_PORT, with a whole record; passes all else
+ *   stamp  XDP, native: frames that are IPv4 without options, UDP from SOURCE_PORT, with a whole record, and
+ *          drops them, also those of a block's later life; passes all else
  *
  * What the record says itself is kept beside the stamp, so that each delivery can be told from the frame alone. Python
  * maps the array, reads and clears it between two publications. A port's frames come on one CPU at a time.
@@ -25,6 +26,8 @@ int stamp(struct xdp_md *ctx)
     if (!arrival)
         return XDP_PASS;
     u8 *record = frame + HEADERS;
+    if (record[EVENT] != PROVEN)
+        return XDP_DROP;
     arrival->frames += 1;
     if (!arrival->at_ns) {
         /* In halves: the headers leave the record aligned to two bytes. */

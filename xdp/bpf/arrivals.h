@@ -9,8 +9,10 @@
 /* Of the record, docs/wire-format.md: bytes, and where these begin. */
 #define RECORD 192
 #define SEQUENCE 16
+#define EVENT 24
 #define SOURCE 25
 #define SEEN 176
+#define PROVEN 1 /* the event that a block's first record tells */
 
 /* Of one port. */
 struct arrival {

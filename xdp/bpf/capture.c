@@ -37,6 +37,7 @@ BPF_F_TABLE("array", u32, u64, ports, 1024, BPF_F_MMAPABLE); /* a bit for each p
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, FLOWS);
 BPF_PERCPU_ARRAY(counters, struct counters, 1);
 BPF_PERCPU_ARRAY(works, struct work, 1);
+BPF_PERCPU_ARRAY(places, struct place, PLACES);
 BPF_PERCPU_ARRAY(rooms, struct express_room, 1);
 BPF_ARRAY(stamps, struct stamp, STAMPS);
 BPF_RINGBUF_OUTPUT(express, RING_PAGES);
@@ -49,11 +50,74 @@ static __always_inline int is_watched(u16 port)
     return bits && (*bits >> (port & 63) & 1);
 }
 
+static __always_inline int is_same(struct flow_key *a, struct flow_key *b)
+{
+    u32 differing = 0;
+    for (int i = 0; i < sizeof(*a) / sizeof(u32); i++)
+        differing |= ((u32 *)a)[i] ^ ((u32 *)b)[i];
+    return !differing;
+}
+
+static __always_inline struct place *place_of(struct flow_key *key)
+{
+    u32 at = (key->source_port ^ key->destination_port ^ *(u32 *)(key->source + 12)) & (PLACES - 1);
+    return places.lookup(&at);
+}
+
+/* Something has become of a flow that other CPUs don't know of which remember it. */
+static __always_inline void forget(struct config *c)
+{
+    __sync_fetch_and_add(&c->epoch, 1);
+}
+
+/* Whether this CPU remembers that the segment is of no interest: most of a download are such, and looking up the flow
+ * is most of what they would cost. */
+static __always_inline int is_known(struct view *v, struct work *w, struct config *c)
+{
+    u32 start = 0;
+    struct place *place = place_of(&w->key);
+    if (!place || place->epoch != c->epoch || !w->length || w->flags & TCP_SYN)
+        return 0;
+    u32 ahead = w->sequence - place->from;
+    if (ahead >= place->size || w->length > place->size - ahead || !is_same(&place->key, &w->key))
+        return 0;
+    return !first_word(v, w, &start) || start != c->magic;
+}
+
+/* Remembers how far from this segment on, which nobody wants, the flow's next bytes are of no interest either: up to
+ * where a guess has the next message start, in the body of one, or in a flow that can't be read. */
+static __always_inline void remember(struct work *w, struct flow *f, u32 epoch)
+{
+    struct place *place = place_of(&w->key);
+    struct track *main = &f->tracks[f->main ? 1 : 0];
+    u32 size = PLACE_BYTES, sequence = w->sequence;
+    if (!place)
+        return;
+    if (f->state != FLOW_OPAQUE && (!main->valid || !main->proven || (s32)(sequence - main->last) < 0 ||
+                                    (s32)(main->next - main->have - sequence) < (s32)w->length))
+        return;
+    for (int i = 0; i < 2; i++) {
+        struct track *t = &f->tracks[i];
+        s32 ahead = t->next - t->have - sequence;
+        if (!t->valid)
+            continue;
+        if (t->want_from != t->want_to && (s32)(t->want_to - sequence) > 0)
+            return;
+        if (ahead >= 0 && ahead < size)
+            size = ahead;
+    }
+    place->key = w->key;
+    place->from = sequence;
+    place->size = size;
+    place->epoch = epoch;
+}
+
 /* Decides which bytes of a segment are captured, w->from to w->to, and brings the flow up to date. */
 static __always_inline int choose(struct view *v, struct work *w, struct config *c, struct counters *n)
 {
     if (!w->length && !(w->flags & TCP_SYN))
         return 0;
+    u32 epoch = UNKNOWN(c->epoch); /* before the flow is looked at, which another CPU may be changing */
     struct flow *f = flows.lookup(&w->key);
     if (!f) {
         struct flow unknown = {};
@@ -66,6 +130,7 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
         if (f->state != FLOW_V1)
             __builtin_memset(f, 0, sizeof(*f));
         guess(f, w->sequence);
+        forget(c);
     }
     if (!w->length)
         return 0;
@@ -80,7 +145,8 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
 
     struct track *first = &f->tracks[0], *second = &f->tracks[1];
     u32 start = 0, sequence = w->sequence;
-    if (w->length >= 4 && !load(v, w->start, &start, 4) && start == c->magic) {
+    u32 was_main = f->main, rival = was_main ? first->next : second->next, state = f->state;
+    if (first_word(v, w, &start) && start == c->magic) {
         w->begins = 1;
         if ((first->valid && !first->have && first->next == sequence) ||
             (second->valid && !second->have && second->next == sequence)) {
@@ -106,12 +172,18 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
             n->opaque_flows += 1;
         }
     }
-    if (f->state == FLOW_OPAQUE && !w->begins)
+    if (w->fresh != NONE || f->state != state || rival != (was_main ? first->next : second->next))
+        forget(c);
+    if (f->state == FLOW_OPAQUE && !w->begins) {
+        remember(w, f, epoch);
         return 0;
+    }
     if (!w->placed)
         want(w, 0, w->length, CAPTURED_UNPLACED);
-    if (!w->to)
+    if (!w->to) {
+        remember(w, f, epoch);
         return 0;
+    }
     if (w->to > w->length)
         w->to = w->length;
     n->captured += 1;
@@ -156,14 +228,6 @@ static __always_inline u32 stamp_slot(u32 sequence)
     return sequence * 0x9e3779b1 >> 16 & (STAMPS - 1);
 }
 
-static __always_inline int is_same(struct flow_key *a, struct flow_key *b)
-{
-    u32 differing = 0;
-    for (int i = 0; i < sizeof(*a) / sizeof(u32); i++)
-        differing |= ((u32 *)a)[i] ^ ((u32 *)b)[i];
-    return !differing;
-}
-
 /* Leaves what the mirrored frame can't carry for to_xsk to find. */
 static __always_inline void leave_stamp(struct work *w, u64 now)
 {
@@ -183,7 +247,13 @@ static __always_inline int capture(struct view *v, struct config *c, struct coun
     u32 zero = 0;
     struct work *w = works.lookup(&zero);
     n->packets += 1;
-    if (!w || !parse(v, w) || !choose(v, w, c, n))
+    if (!w || !parse(v, w))
+        return 0;
+    if (is_known(v, w, c)) {
+        n->segments += 1;
+        return 0;
+    }
+    if (!choose(v, w, c, n))
         return 0;
     u64 now = bpf_ktime_get_ns();
     if (c->express)

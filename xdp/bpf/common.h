@@ -14,6 +14,8 @@
 #define STAMPS 1024           /* segments on their way through the mirror; a power of two */
 #define EXPRESS_PAYLOAD 16384 /* captured of one segment at most: GRO hands on up to 64 KiB, per-CPU memory ends at 32 */
 #define XSKS 16
+#define PLACES 64             /* flows whose next bytes a CPU remembers to be of no interest; a power of two */
+#define PLACE_BYTES 262144    /* so far at most, whatever a length says: then the flow is looked up again */
 
 #define HEADER_SIZE 24 /* of a message: magic, command, length, checksum */
 #define COMMAND_SIZE 12
@@ -41,7 +43,7 @@ struct config {
     u32 wakeup;         /* 1: the ring buffer wakes who sleeps on it; 0: BPF_RB_NO_WAKEUP */
     u32 mirror_ifindex; /* the mirror link's near end; 0: nothing is marked or cloned */
     u32 every_magic;    /* 1: capture every segment that begins with the magic; 0: only where no message was due */
-    u32 reserved;
+    u32 epoch;          /* anything else than before: what CPUs remember of flows is forgotten; programs add to it too */
 };
 
 /* One per CPU. */
@@ -92,6 +94,14 @@ struct flow {
     u8 state;
     u8 main;
     u16 zero;
+};
+
+/* What a CPU remembers of a flow: that segments in here are captured only if they begin with the magic. */
+struct place {
+    struct flow_key key;
+    u32 from; /* sequence number */
+    u32 size; /* bytes from there */
+    u32 epoch; /* config's, when this was so */
 };
 
 /* A record of the ring buffer: this and `captured` bytes of payload. A segment is captured from the first byte that is

@@ -70,6 +70,23 @@ static __always_inline void *peek(struct view *v, u32 offset, u32 size, void *co
     return at + size > v->end ? 0 : at;
 }
 
+/* The four bytes that the payload begins with, if it has as many. */
+static __always_inline int first_word(struct view *v, struct work *w, u32 *word)
+{
+    u32 start = UNKNOWN(w->start);
+    if (w->length < 4)
+        return 0;
+    if (v->skb)
+        return !bpf_skb_load_bytes(v->ctx, start, word, 4);
+    if (start > 0x7fff)
+        return 0;
+    u32 *at = v->data + start;
+    if ((void *)(at + 1) > v->end)
+        return 0;
+    *word = *at;
+    return 1;
+}
+
 /* Of capture.c: whether flows of this port are followed. */
 static __always_inline int is_watched(u16 port);
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sprint.deliveries.accounts import SortedHistogram, TierLedger
+from sprint.deliveries.accounts import SortedHistogram, TierLedger, below
 from sprint.histograms import Histogram, HistogramData
 from sprint.status import StatusBlock
 from sprint.tiers import PROFILES, Tier
@@ -54,3 +56,31 @@ def test_the_worst_backlog_is_kept() -> None:
     for records in (3, 7, 0):
         ledger.backlog(records)
     assert (accounts.buffer_used, accounts.buffer_used_max) == (0, 7)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(0, 10**8), st.integers(0, 10**8))
+def test_latencies_spread_evenly_are_counted_as_if_one_by_one(count: int, first_ns: int, span_ns: int) -> None:
+    last_ns = first_ns + span_ns
+    data = HistogramData()
+    SortedHistogram(data).record_even(count, first_ns, last_ns)
+    values = [last_ns - Fraction(span_ns * k, max(1, count - 1)) for k in range(count)]
+    assert data.count == count
+    assert data.max_ns == last_ns
+    assert sum(data.buckets) == count
+    for bound in (first_ns, first_ns + span_ns // 3, last_ns, last_ns + 1):
+        assert below(bound, count, first_ns, last_ns) == sum(value < bound for value in values)
+
+
+def test_records_sent_together_are_on_time_by_their_share_of_the_call() -> None:
+    accounts = StatusBlock.create(1, {}).delivery(0, "udp").tiers[Tier.ENTERPRISE]
+    ledger = TierLedger(accounts, PROFILES[Tier.ENTERPRISE], 200_000)
+    ledger.sent_together(0, 0, 10, 0)
+    assert (accounts.on_time, accounts.late) == (0, 0)
+    ledger.sent_together(100, 1_000_000, 11_000_000, 1_000_000)  # 100 µs each; the last one 10 ms after the sighting
+    assert (accounts.on_time, accounts.late) == (100, 0)
+    assert accounts.over_target == 50  # enterprise's 5 ms
+    assert accounts.relay_latency.max_ns == 10_000_000
+    ledger.sent_together(10, 0, 3_000_000, 0)
+    assert (accounts.on_time, accounts.late) == (100, 10)
+    assert accounts.relay_latency.count == 100

@@ -198,6 +198,20 @@ def test_a_session_that_ends_or_a_udp_side_that_begins_anew_puts_records_back_on
         assert session.event("udp")["state"] == "active"
 
 
+def test_what_the_stream_has_still_to_send_when_udp_begins_comes_over_tcp_and_nothing_after_it(stage: Stage) -> None:
+    with Session(stage) as session:
+        asked = challenge(session)
+        stage.publish(2, stream=False)  # the UDP side is ahead of the stream's worker, as it may be
+        session.send(Echo(session.token, asked.cookie).encode())
+        until(lambda: stage.tier(1).subscribers == 1, "the address is proven")
+        stage.publish(0)
+        assert [session.event("proven")["seq"] for _ in range(2)] == [1, 2]
+        assert session.event("udp")["next"] == 3
+        stage.publish()
+        assert decode(session.datagram(MAGIC)).sequence == 3
+        assert json.loads(session.lines.readline())["event"] == "heartbeat"
+
+
 def test_what_is_asked_for_again_comes_over_tcp_and_what_is_gone_is_told_as_lost() -> None:
     with Stage(slots=8) as stage, proven(stage) as session:
         stage.publish(20)

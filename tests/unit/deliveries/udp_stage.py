@@ -105,14 +105,15 @@ class Stage:
             raise result
         return result  # type: ignore[no-any-return]  # what call() gave
 
-    def publish(self, count: int = 1, *, udp: bool = True) -> int:
-        """The newest sequence; with `udp` False the UDP side isn't woken, and sends nothing."""
+    def publish(self, count: int = 1, *, udp: bool = True, stream: bool = True) -> int:
+        """The newest sequence; with `udp` False the UDP side isn't woken, and sends nothing; `stream` likewise."""
 
         def step() -> int:
             for _ in range(count):
                 self.writer.claim()[:] = record(self.writer.next_sequence).encode()
                 self.writer.commit(best=True)
-            self.stream.publish()
+            if stream:
+                self.stream.publish()
             if udp:
                 self.udp.publish()
             return self.ring.tail

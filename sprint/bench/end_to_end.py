@@ -1,0 +1,134 @@
+"""From the first packet of a block's announcement, as it comes in, to the frames of ten thousand subscribers.
+
+The product's relay and bypass run as they do in service (end_to_end_product), on one end of a veth pair: they hear a
+node's announcement by the capture, prove the block, write the record, and send it by the fan-out. The other end has the
+node, and an XDP program that stamps each subscriber's frame. Both stamps, of arrival and of each delivery, are XDP's,
+by one clock; that of arrival travels in the record, so each delivery is judged by its own frame.
+
+A block every 20 ms. The relay has one CPU for itself, as OPTIMIZE_SYSTEM gives it, and everything else the others.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sprint.bench.apart import Helper, be_apart, run_apart
+from sprint.bench.detect_wire import enter_namespace
+from sprint.bench.end_to_end_figures import Deliveries
+from sprint.bench.end_to_end_peer import be_peer
+from sprint.bench.end_to_end_product import Product
+from sprint.bench.fanout_sink import MOST, Sink
+from sprint.bench.fanout_wire import be_far_end, lay
+from sprint.bench.surroundings import Surroundings
+from sprint.errors import HostError
+from sprint.tiers import NS_PER_MS, NS_PER_S
+from xdp.loader import LoadError, missing
+
+if TYPE_CHECKING:
+    from sprint.bench.apart import Progress
+
+SUBSCRIBERS = 10_000
+ENTERPRISE_SHARE = 10
+"""One of so many subscribers is enterprise, the others are turbo."""
+BLOCKS = 3_000
+WARM_UP = 50
+"""Blocks that aren't counted."""
+PERIOD_NS = 20 * NS_PER_MS
+PATIENCE_S = 0.5
+"""After which a frame that hasn't come is lost."""
+
+
+def measure_end_to_end(progress: Progress, blocks: int = BLOCKS, subscribers: int = SUBSCRIBERS) -> dict[str, Any]:
+    """Results, of that many blocks. Raises HostError where the kernel can't be bypassed."""
+    reason = missing()
+    if reason is not None:
+        raise HostError(f"end-to-end runs on a link of its own: {reason}")
+    if subscribers > MOST:
+        raise HostError(f"--subscribers {subscribers}: {MOST} is the most")
+    return run_apart("sprint.bench.end_to_end", {"blocks": blocks, "subscribers": subscribers}, progress)
+
+
+def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """measure_end_to_end()'s work, in this process, which must have one thread only."""
+    surroundings = Surroundings()
+    subscribers, blocks = settings["subscribers"], settings["blocks"]
+    enterprise = max(1, subscribers // ENTERPRISE_SHARE)
+    deliveries = Deliveries(enterprise, subscribers)
+    progress("starting the product", 0, 1)
+    enter_namespace()
+    try:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sprint-bench-")))
+            sink = stack.enter_context(Sink())
+
+            def helper(main: Any, cpu: int | None) -> Helper:
+                started = Helper(main, cpu)
+                stack.callback(started.close)
+                return started
+
+            product = Product(folder)
+            shared = product.shared
+            relay_cpu = next(iter(shared.relay_cpus)) if shared.relay_cpus else None
+            other_cpu = min(shared.other_cpus) if shared.other_cpus else None
+            far = helper(be_far_end, other_cpu)
+            lay(far)
+            far.ask("sink", sink.program_fd)
+            far_pid = far.ask("pid")
+            peer = helper(lambda control: be_peer(control, far_pid), other_cpu)
+            peer.answer()
+            peer.tell("accept")
+            helper(product.be_bypass, other_cpu)
+            worker = helper(lambda control: product.be_worker(control, enterprise, subscribers), other_cpu)
+            helper(product.be_relay, None)
+            peer.answer()
+            worker.answer()
+            product.wait_until_ready()
+            if other_cpu is not None:
+                os.sched_setaffinity(0, {other_cpu})
+            progress("starting the product", 1, 1)
+            _announce(peer, sink, deliveries, subscribers, blocks, progress)
+            facts = product.facts()
+    except (LoadError, OSError) as error:
+        raise HostError(f"end-to-end: {error}") from None
+    figures = deliveries.figures()
+    around = surroundings.figures()
+    return {
+        "results": {
+            **figures,
+            "subscribers": {"enterprise": enterprise, "turbo": subscribers - enterprise},
+            "period_ms": PERIOD_NS / NS_PER_MS,
+            "product": facts,
+            "relay_cpu": relay_cpu,
+            "other_cpu": other_cpu,
+            **around,
+        },
+        "ratios": {},
+    }
+
+
+def _announce(
+    peer: Helper, sink: Sink, deliveries: Deliveries, subscribers: int, blocks: int, progress: Progress
+) -> None:
+    """Block after block, each when the one before has arrived, or is given up."""
+    due_ns = time.monotonic_ns()
+    for number in range(-WARM_UP, blocks):
+        if number % 50 == 0:
+            progress("blocks", max(0, number), blocks)
+        sink.clear(subscribers)
+        time.sleep(max(0, due_ns - time.monotonic_ns()) / NS_PER_S)
+        due_ns = time.monotonic_ns() + PERIOD_NS
+        peer.ask("announce")
+        sink.wait(subscribers, PATIENCE_S)
+        arrivals = sink.read(subscribers)
+        if number >= 0:
+            deliveries.note(arrivals.at_ns, arrivals.seen_ns, arrivals.sources, arrivals.surplus)
+    progress("blocks", blocks, blocks)
+
+
+if __name__ == "__main__":
+    be_apart(measure)
