@@ -104,8 +104,8 @@ def watch(
         str | None,
         typer.Option(
             envvar="SPRINT_KEY",
-            help="The subscriber key; without one: the free tier. Every user of this host can read a command's options, "
-            "not its environment.",
+            help="The subscriber key; without one: the free tier. Every user of this host can read a command's "
+            "options, not its environment.",
         ),
     ] = None,
     since: Annotated[

@@ -37,7 +37,9 @@ _PERIODS: Final = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _PERIOD: Final = re.compile(r"([1-9][0-9]{0,4})([mhdw])")
 _TIERS: Final = ", ".join(tier.label for tier in Tier)
 _COLUMNS: Final = ("id", "name", "tier", "state", "connections", "expires")
-_Which = Annotated[str, typer.Argument(metavar="ID|NAME", help="The key's id, its first digits, or its name.")]
+_Which = Annotated[
+    str, typer.Argument(metavar="ID|NAME", help="The key's name, its id, or four or more first digits of it.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 

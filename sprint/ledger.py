@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sprint.status import BlockRow, Peer, StatusBlock
 
 MAX_UNPROVEN = 256
+_CONTENTS = slice(44, 52)
+"""Where a record has the count of transactions and the size, which only the whole block tells exactly."""
 REJECT_INDEX = {reason: index for index, reason in enumerate(Reject)}
 """Where each reason is counted in the status block."""
 
@@ -80,6 +82,8 @@ class Ledger:
                 seen.row.validated_ns = published_ns
             elif block.event is Event.STALE:
                 seen.row.stale_ns = published_ns
+            elif block.event is Event.REBUILT and record is not None:
+                seen.row.record[_CONTENTS] = record[_CONTENTS]
 
     def decided(self, journal: Iterable[Decision]) -> None:
         """Take in what the relay made of each sighting."""

@@ -22,6 +22,7 @@ from sprint.bench.detect_wire import enter_namespace
 from sprint.bench.end_to_end_figures import Deliveries
 from sprint.bench.end_to_end_peer import be_peer
 from sprint.bench.end_to_end_product import Product
+from sprint.bench.end_to_end_worker import be_worker
 from sprint.bench.fanout_sink import MOST, Sink
 from sprint.bench.fanout_wire import be_far_end, lay
 from sprint.bench.surroundings import Surroundings
@@ -30,6 +31,9 @@ from sprint.tiers import NS_PER_MS, NS_PER_S
 from xdp.loader import LoadError, missing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
     from sprint.bench.apart import Progress
 
 SUBSCRIBERS = 10_000
@@ -66,7 +70,7 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sprint-bench-")))
             sink = stack.enter_context(Sink())
 
-            def helper(main: Any, cpu: int | None) -> Helper:
+            def helper(main: Callable[[Connection], None], cpu: int | None) -> Helper:
                 started = Helper(main, cpu)
                 stack.callback(started.close)
                 return started
@@ -83,7 +87,7 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
             peer.answer()
             peer.tell("accept")
             helper(product.be_bypass, other_cpu)
-            worker = helper(lambda control: product.be_worker(control, enterprise, subscribers), other_cpu)
+            worker = helper(lambda control: be_worker(control, product, enterprise, subscribers), other_cpu)
             helper(product.be_relay, None)
             peer.answer()
             worker.answer()

@@ -1,30 +1,23 @@
-"""The product's own processes in `bench end-to-end`: the relay, the bypass, and the UDP worker's half of the fan-out.
+"""The product's own processes in `bench end-to-end`: the relay and the bypass, and what the supervisor makes for them.
 
 They are started as the supervisor starts them: what they share is made before, and each runs what it runs there, by the
-same configuration. Subscribers alone aren't the product's: no session is opened for each of ten thousand; they are put
-where the UDP worker puts those who have proven their addresses.
+same configuration. The UDP worker's part is in end_to_end_worker.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import select
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from sprint.addresses import Address
 from sprint.app_bypass import BypassProcess
 from sprint.app_relay import RelayProcess
 from sprint.bench.detect_announcements import NETWORK
 from sprint.bench.detect_wire import FAR_ADDRESS, NEAR
-from sprint.bench.fanout_sink import FIRST_PORT, SOURCE_PORT
-from sprint.bench.fanout_wire import address_of
 from sprint.chain import HeaderChain
 from sprint.composition import BypassLines, Shared, facts_of, open_header_file
 from sprint.config import load
-from sprint.deliveries.udp_fanout import WorkerFanout
 from sprint.engines.relay_log import PipeLog
 from sprint.errors import HostError
 from sprint.optimize import cpu_plan
@@ -34,7 +27,6 @@ from sprint.shared_memory import SharedMemory
 from sprint.sources.rebuild import RebuildLine
 from sprint.status import DELIVERIES, StatusBlock
 from sprint.status import SIZE as STATUS_SIZE
-from sprint.tiers import Tier
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection as Pipe
@@ -42,7 +34,6 @@ if TYPE_CHECKING:
 
 READY_TIMEOUT_S = 30.0
 _LOOK_S = 0.02
-_TICK_S = 0.5
 
 
 class Product:
@@ -52,7 +43,7 @@ class Product:
         """`folder`: for its header file; this process is in the namespace where it is to run."""
         self.said: list[str] = []
         """Its log, warnings and errors."""
-        self._log = PipeLog()
+        self.log = PipeLog()
         config = load(
             {
                 "TIER": "enterprise",
@@ -65,41 +56,27 @@ class Product:
             folder,
         )
         self._chain = HeaderChain(config.network)
-        self._header_file = open_header_file(config, self._chain, self._log)
+        self._header_file = open_header_file(config, self._chain, self.log)
         session = secrets.randbits(63) | 1
         ring_memory = SharedMemory("sprint-ring", size_for(config.ring_slots))
         ring = Ring.create(ring_memory.memory, config.ring_slots, session)
         status_memory = SharedMemory("sprint-status", STATUS_SIZE)
-        self._status = StatusBlock.create(session, facts_of(config, "memory"), status_memory.memory)
+        self.status = StatusBlock.create(session, facts_of(config, "memory"), status_memory.memory)
         seats_memory = SharedMemory("sprint-seats", seats_size_for(DELIVERIES))
         relay_cpus, other_cpus = cpu_plan(os.sched_getaffinity(0))
         self.shared = Shared(
-            config, ring_memory, ring, self._status, seats_memory, secrets.token_bytes(32), relay_cpus, other_cpus
+            config, ring_memory, ring, self.status, seats_memory, secrets.token_bytes(32), relay_cpus, other_cpus
         )
-        self._bypass = BypassLines()
+        self.bypass = BypassLines()
         self._line = RebuildLine()
 
     def be_relay(self, _control: Pipe) -> None:
         """The relay's process."""
-        RelayProcess(self.shared, self._chain, self._header_file, [], self._log, self._line, self._bypass).run()
+        RelayProcess(self.shared, self._chain, self._header_file, [], self.log, self._line, self.bypass).run()
 
     def be_bypass(self, _control: Pipe) -> None:
         """The bypass's."""
-        BypassProcess(self.shared.config, self._status, self._bypass.theirs(), self._log).run()
-
-    def be_worker(self, control: Pipe, enterprise: int, subscribers: int) -> None:
-        """The UDP worker's part of the fan-out: so many join; then it looks after them."""
-        fanout = WorkerFanout(self._bypass.udp[0], SOURCE_PORT, self._log)
-        for number in range(subscribers):
-            address = Address(socket.inet_ntoa(address_of(number)), FIRST_PORT + number)
-            tier = Tier.ENTERPRISE if number < enterprise else Tier.TURBO
-            fanout.join(number.to_bytes(4, "big"), address, tier)
-        udp = self._status.layout.udp
-        udp.fanout_enterprise, udp.fanout_turbo = enterprise, subscribers - enterprise
-        control.send(fanout.step)
-        while True:
-            select.select([fanout.fileno()], [], [], _TICK_S)
-            fanout.look(time.monotonic_ns())
+        BypassProcess(self.shared.config, self.status, self.bypass.theirs(), self.log).run()
 
     # ── what the supervisor's status tells ──
 
@@ -113,21 +90,21 @@ class Product:
             time.sleep(_LOOK_S)
 
     def _missing(self) -> list[str]:
-        bypass = self._status.bypass or {}
+        bypass = self.status.bypass or {}
         conditions = {
-            "no upstream": bool(self._status.relay.caught_up),
+            "no upstream": bool(self.status.relay.caught_up),
             f"no capture ({bypass.get('reason')})": bool(bypass.get("active")),
-            "no fan-out": bool(self._status.layout.egress.active),
+            "no fan-out": bool(self.status.layout.egress.active),
         }
         return [words for words, holds in conditions.items() if not holds]
 
     def facts(self) -> dict[str, Any]:
         """What the status says of the bypass and of the optimisations."""
         self.take_log()
-        steps = [row for row in self._status.layout.steps if row.name]
-        egress = self._status.layout.egress
+        steps = [row for row in self.status.layout.steps if row.name]
+        egress = self.status.layout.egress
         return {
-            "capture": (self._status.bypass or {}).get("mode"),
+            "capture": (self.status.bypass or {}).get("mode"),
             "optimizations": {row.name.decode(): bool(row.applied) for row in steps},
             "egress": {"sent": egress.sent, "dropped": egress.dropped, "runs": egress.runs},
             "warnings": self.said[-8:],
@@ -135,7 +112,7 @@ class Product:
 
     def take_log(self) -> None:
         """Keep what the children have warned of."""
-        self._log.forward(self)
+        self.log.forward(self)
 
     def info(self, event: str, **values: Any) -> None:
         """Not kept."""

@@ -19,6 +19,7 @@ import secrets
 import time
 from array import array
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from sprint.bench.apart import Helper, be_apart, run_apart
 from sprint.bench.detect_wire import FAR_ADDRESS, NEAR_ADDRESS, enter_namespace
 from sprint.bench.fanout_datagrams import be_datagram_sender
 from sprint.bench.fanout_figures import AF_XDP, LIVE, LIVE_TWO, PEERS, SENDMMSG, STREAM, Rounds, last_ms, loss, ratios
-from sprint.bench.fanout_peers import be_peer_publisher, kinds, version_of
+from sprint.bench.fanout_peers import Kind, be_peer_publisher, kinds, version_of
 from sprint.bench.fanout_receivers import Receivers, Round
 from sprint.bench.fanout_sink import FIRST_PORT, MOST, Sink
 from sprint.bench.fanout_stream import FRAME_SIZE, GREETING, PORT, be_stream_publisher
@@ -38,8 +39,10 @@ from sprint.record import SIZE, Record
 from xdp.loader import LoadError, missing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+
     from sprint.bench.apart import Progress
-    from sprint.bench.fanout_receivers import Greeting
     from sprint.bench.fanout_wire import Wire
 
 SUBSCRIBERS = 10_000
@@ -167,20 +170,15 @@ class _Bench:
         self._datagrams = self._datagram_sender(wire, most)
         self._udp = self._receiver_pair()
         self._ways = {way: _Way(self._datagrams, 0, self._udp, b"", b"") for way in _UDP_WAYS}
-        self._servers: dict[str, tuple[int, Greeting]] = {}
-        self._add_server(
-            STREAM, lambda control: be_stream_publisher(control, sockets_most), PORT, GREETING,
-            bytes(FRAME_SIZE - SIZE), b"",
-        )  # fmt: skip
+        self._servers: dict[str, Kind] = {}
+        stream = Kind(STREAM, PORT, GREETING, bytes(FRAME_SIZE - SIZE), b"", threads=False)
+        self._add_server(stream, lambda control: be_stream_publisher(control, sockets_most))
         for kind in kinds(SIZE):
-            self._add_server(
-                kind.name, lambda control, kind=kind: be_peer_publisher(control, kind, sockets_most), kind.port,
-                kind.greeting, kind.before, kind.behind, anywhere=kind.threads,
-            )  # fmt: skip
+            self._add_server(kind, partial(be_peer_publisher, kind=kind, subscribers=sockets_most))
         if cpus.receivers[0] is not None:
             os.sched_setaffinity(0, {cpus.receivers[0]})
 
-    def _helper(self, main: Any, cpu: int | None) -> Helper:
+    def _helper(self, main: Callable[[Connection], None], cpu: int | None) -> Helper:
         helper = Helper(main, cpu)
         self._stack.callback(helper.close)
         return helper
@@ -200,17 +198,14 @@ class _Bench:
             receiver.ask("namespace", self._far_pid)
         return one, other
 
-    def _add_server(
-        self, name: str, main: Any, port: int, greeting: Greeting, before: bytes, behind: bytes, *,
-        anywhere: bool = False,
-    ) -> None:  # fmt: skip
-        publisher = self._helper(main, None if anywhere else self._cpus.sender)
+    def _add_server(self, kind: Kind, main: Callable[[Connection], None]) -> None:
+        publisher = self._helper(main, None if kind.threads else self._cpus.sender)
         answer = publisher.answer()
         if isinstance(answer, HostError):
-            self.left_out[name] = str(answer)
+            self.left_out[kind.name] = str(answer)
             return
-        self._servers[name] = (port, greeting)
-        self._ways[name] = _Way(publisher, answer, self._receiver_pair(), before, behind)
+        self._servers[kind.name] = kind
+        self._ways[kind.name] = _Way(publisher, answer, self._receiver_pair(), kind.before, kind.behind)
 
     # ── one number of subscribers ──
 
@@ -257,11 +252,11 @@ class _Bench:
             receiver.tell("udp", FAR_ADDRESS, [FIRST_PORT + number for number in share])
         for receiver in self._udp:
             receiver.answer()
-        for done, (name, (port, greeting)) in enumerate(list(self._servers.items()), 1):
+        for done, (name, kind) in enumerate(list(self._servers.items()), 1):
             progress(step, done, 1 + len(self._servers))
             receivers = self._ways[name].receivers
             for receiver, share in zip(receivers, shares, strict=True):
-                receiver.tell("tcp", NEAR_ADDRESS, port, len(share), greeting)
+                receiver.tell("tcp", NEAR_ADDRESS, kind.port, len(share), kind.greeting)
             refused = [answer for receiver in receivers if isinstance(answer := receiver.answer(), HostError)]
             if refused:
                 self.left_out[name] = str(refused[0])

@@ -1,7 +1,8 @@
 """The far end of the wire, as `bench fanout` and `bench end-to-end` watch it: when each subscriber's frame came in.
 
 A subscriber is a UDP port. The XDP program (xdp/bpf/arrivals.c) stamps the first frame of each with CLOCK_MONOTONIC and
-drops it: no socket, no copy, nothing that the subscriber's own machine would have to pay for.
+drops it, as it drops those of a block's later records: no socket, no copy, nothing that a subscriber's own machine
+would have to pay for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SOURCE_PORT = 8436
 """That datagrams come from."""
 FIRST_PORT = 10_000
 MOST = 50_000
-"""Subscribers: the ports from FIRST_PORT on that a number of five digits begins with, and room below for others."""
+"""Subscribers: the ports up to 60,000; those beyond are the kernel's to give away."""
 _LAYOUT = parse_common((BPF_FOLDER / "arrivals.h").read_text())
 _ARRIVAL = _LAYOUT.layouts["arrival"]
 _LONGS, _WORDS = _ARRIVAL.size // 8, _ARRIVAL.size // 4

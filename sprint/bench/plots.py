@@ -192,7 +192,7 @@ def plot_fanout(result: Mapping[str, Any], path: Path) -> None:
             width = 2.6 if colour in {_OURS, _ALSO_OURS} else 1.5
             axes[place].plot(*zip(*points, strict=True), color=colour, linewidth=width, marker="o", ms=4, label=last)
     for place, words in (("wire", "on the wire: stamped by XDP at the far end"), ("sockets", "to sockets, and read")):
-        axes[place].set(xscale="log", yscale="log")
+        axes[place].set(xscale="log", yscale="log", xlim=(numbers[0] / 1.5, numbers[-1] * 1.5))
         axes[place].set_xticks(numbers, [f"{number:,}" for number in numbers], fontsize=8)
         axes[place].set_xlabel(f"subscribers {words}", fontsize=9)
         axes[place].legend(loc="upper left", framealpha=1, edgecolor="none", fontsize=8)

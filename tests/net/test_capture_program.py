@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
-from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 class Bench:
     """The programs, with nothing remembered from another test."""
 
-    epochs = count(0, 1 << 16)
+    epochs = itertools.count(0, 1 << 16)
     """Apart by more than the programs themselves count up in a test."""
 
     def __init__(self, loaded: loader.Loaded, ring: RingBuffer) -> None:

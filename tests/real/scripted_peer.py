@@ -216,8 +216,9 @@ class ScriptedPeer:
                         self._connection = None
                         self._changed.notify_all()
 
-    def _converse(self, connection: socket.socket, version: bytes) -> None:
-        self._hear(connection, "version", version[_HEADER.size :])
+    def _converse(self, connection: socket.socket, version: bytes | None = None) -> None:
+        if version is not None:  # read already
+            self._hear(connection, "version", version[_HEADER.size :])
         while True:
             try:
                 magic, raw_command, length, _ = _HEADER.unpack(_exactly(connection, _HEADER.size))

@@ -6,15 +6,20 @@ import json
 import socket
 import sqlite3
 import subprocess
+import threading
+import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sprint.errors import SprintError
-from sprint.keys import FILE_NAME
+from sprint.keys import FILE_NAME, KeyStore
+from sprint.tiers import Tier
+from tests.real.children import all_processes, kill_and_await
 from tests.real.product import COMMAND, Product, environment
 from tests.real.subscribers import JsonStream, connect
+from tests.real.test_udp import UdpStream, udp_row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,6 +117,95 @@ def test_a_revoked_key_ends_a_shared_memory_session_too(bcoin: BcoinNode, tmp_pa
             product.wait_for("blocks", lambda said: any(one["hash"] == mined[0] for one in said["blocks"]), "the block")
             with pytest.raises(SprintError, match="not accepted"):
                 list(iter(lambda: reader.next(5), None))  # first what it can still read, then it asks to come back
+
+
+@ENGINES
+def test_a_revoked_key_ends_its_udp_subscriptions_too(bcoin: BcoinNode, tmp_path: Path, engine: str) -> None:
+    with running(tmp_path, bcoin, engine) as product:
+        product.wait_until_healthy()
+        revoked = sprint_keys(product, "create", "--tier", "turbo", "--name", "revoked")
+        ending, staying = UdpStream(product.stream, revoked), UdpStream(product.stream, product.key)
+        for stream in (ending, staying):
+            stream.wait_until_active()
+        assert udp_row(product, "turbo")["subscribers"] == 2
+
+        sprint_keys(product, "revoke", "revoked")
+
+        ending.wait_until_ended()
+        assert "not accepted" in str(ending.ended)
+        product.wait_for_subscribers(1)
+        assert udp_row(product, "turbo")["subscribers"] == 1
+        staying.wait_for_hashes("proven", bcoin.mine(1))
+
+
+def test_seats_that_a_killed_worker_held_come_back(bcoin: BcoinNode, tmp_path: Path) -> None:
+    with running(tmp_path, bcoin, "memory") as product:
+        product.wait_until_healthy()
+        all_processes(product)
+        key = sprint_keys(product, "create", "--tier", "turbo", "--name", "few", "--connections", "3")
+        for _ in range(3):
+            with ExitStack() as stack:
+                streams = [stack.enter_context(JsonStream(product.stream, hello(key))) for _ in range(3)]
+                assert {stream.answer.get("tier") for stream in streams} == {"turbo"}
+                for worker in ("stream-0", "stream-1"):
+                    kill_and_await(product, worker)
+                for stream in streams:
+                    stream.wait_until_ended()
+            all_processes(product)
+            product.wait_for_subscribers(0)
+
+
+def test_keys_are_made_and_revoked_by_several_operators_while_sessions_come_and_go(
+    bcoin: BcoinNode, tmp_path: Path
+) -> None:
+    rounds, operators, failures = 4, 3, []
+    with running(tmp_path, bcoin, "memory") as product, ExitStack() as stack:
+        product.wait_until_healthy()
+        file = product.data_dir / FILE_NAME
+        shared = sprint_keys(product, "create", "--tier", "turbo", "--name", "shared", "--connections", str(operators))
+        staying = stack.enter_context(JsonStream(product.stream, product.hello))
+
+        def operate(who: int) -> None:
+            try:
+                with KeyStore(file) as store:
+                    for number in range(rounds):
+                        name = f"{who}-{number}"
+                        key = store.create(name, Tier.PRO, int(time.time()), connections=2)
+                        with (
+                            JsonStream(product.stream, hello(key)) as one,
+                            JsonStream(product.stream, hello(key)) as two,
+                            joined(product, shared) as other,
+                        ):
+                            assert [one.answer.get("tier"), two.answer.get("tier")] == ["pro", "pro"]
+                            store.revoke(name, int(time.time()))
+                            one.wait_until_ended()
+                            two.wait_until_ended()
+                            assert refusal(product, hello(key)) == b'{"error":"not accepted"}\n'
+                            assert other.ended is None
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=operate, args=(who,)) for who in range(operators)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(90)
+
+        assert failures == []
+        product.wait_for_subscribers(1)
+        again = [stack.enter_context(joined(product, shared)) for _ in range(operators)]
+        assert {stream.answer["tier"] for stream in again} == {"turbo"}
+        staying.wait_for_hashes("proven", bcoin.mine(1))
+
+
+def joined(product: Product, key: str) -> JsonStream:
+    """A stream by that key, once there is a seat: one that was left is free when the server has noticed."""
+    while True:
+        stream = JsonStream(product.stream, hello(key))
+        if "retry" not in stream.answer:
+            return stream
+        with stream:
+            time.sleep(0.01)
 
 
 def test_an_expired_key_ends_its_session(bcoin: BcoinNode, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_key_with_thousands_of_sessions_ends_in_turns_and_whoever_left_meanwhi
     ended: list[int] = []
     tickets = [ticket(admission.admit(key, HERE, NS, S)) for _ in range(2 * ENDS_A_TURN + 10)]
     for number, one in enumerate(tickets):
-        one.end = lambda number=number: ended.append(number)  # type: ignore[misc]  # bound now
+        one.end = lambda number=number: ended.append(number)
     store.revoke("acme", S)
 
     assert admission.check(S) == ENDS_A_TURN

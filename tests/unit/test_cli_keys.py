@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def keys(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DATA_DIR": str(data_dir), "COLUMNS": "80"}
+def keys(data_dir: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DATA_DIR": str(data_dir), "COLUMNS": "80", **settings}
     command = [sys.executable, "-m", "sprint", "keys", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=data_dir, timeout=60, check=False
@@ -59,6 +60,41 @@ def test_what_is_wrong_is_said_in_one_line_that_names_it(tmp_path: Path) -> None
         assert said in answer.stderr
         assert answer.stderr.count("\n") == 1
         assert not answer.stdout
+
+
+def test_without_any_key_one_is_told_where_none_was_found(tmp_path: Path) -> None:
+    listed = keys(tmp_path, "list")
+    assert (listed.returncode, listed.stdout) == (0, "")
+    assert str(tmp_path / FILE_NAME) in listed.stderr
+    assert json.loads(keys(tmp_path, "list", "--json").stdout) == []
+
+
+def test_a_bad_configuration_is_wrong_usage_and_a_damaged_file_the_machines_fault(tmp_path: Path) -> None:
+    bad = keys(tmp_path, "list", TIER="gold")
+    assert (bad.returncode, bad.stderr.partition(":")[0]) == (2, "sprint")
+    assert "TIER=gold" in bad.stderr
+    (tmp_path / FILE_NAME).write_bytes(b"no database" * 400)
+    damaged = keys(tmp_path, "list")
+    assert damaged.returncode == 1
+    assert damaged.stderr.count("\n") == 1
+    assert FILE_NAME in damaged.stderr
+
+
+def test_watch_takes_its_key_from_the_environment_where_no_other_user_can_read_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        address = "{}:{}".format(*server.getsockname())
+        environment = {**os.environ, "SPRINT_KEY": "spk_of_the_environment"}
+        command = [sys.executable, "-m", "sprint", "watch", "--json", address]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as watch:
+            try:
+                sock, _ = server.accept()
+                with sock:
+                    sock.settimeout(60)
+                    hello = json.loads(sock.makefile().readline())
+            finally:
+                watch.kill()
+    assert hello["key"] == "spk_of_the_environment"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("1m", 60), ("12h", 43_200), ("30d", 2_592_000), ("2w", 1_209_600)])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import Reject
-from sprint.events import Announcement, State
+from sprint.events import Announcement, BlockRebuilt, State
 from sprint.ledger import MAX_UNPROVEN, REJECT_INDEX, Ledger
 from sprint.regtest import mine
 from sprint.status import BLOCKS, MARKS, REASONS, StatusBlock
@@ -132,6 +132,17 @@ def test_what_is_said_of_a_block_later_stands_in_its_row() -> None:
     assert lost.state & State.STALE
     assert lost.stale_ns
     assert (desk.status.relay.stale, desk.status.relay.reorgs) == (1, 1)
+
+
+def test_a_whole_block_s_count_and_size_stand_in_its_row_and_nothing_else_of_its_record() -> None:
+    desk = _Desk()
+    (block,) = desk.mine()
+    desk.hear(sighting_of(block, seen_ns=1_000))
+    (rebuilt,) = desk.stage.relay.rebuilt(BlockRebuilt(block.hash, 3, 1_000), 0)
+    desk.ledger.published(rebuilt, 2, bytes(192), 5_000)
+    row = desk.status.blocks(1)[0]
+    assert bytes(row.record) == RECORD[:44] + bytes(8) + RECORD[52:]
+    assert row.state & State.REBUILT
 
 
 def test_a_sighting_that_was_held_counts_once() -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
-from sprint.admission import FREE_FAILURES, Admission
+from sprint.addresses import Address
+from sprint.admission import FIRST_DELAY_NS, FREE_FAILURES, Admission
+from sprint.deliveries import udp_link
+from sprint.deliveries.hello import read_hello
+from sprint.deliveries.udp_sessions import UdpService
 from sprint.key_book import KeyBook
 from sprint.keys import FILE_NAME, KeyStore
 from sprint.seats import private_seats
@@ -72,6 +78,86 @@ def test_who_leaves_before_his_refusal_came_is_forgotten(tmp_path: Path) -> None
             assert joined.welcome["tier"] == "free"
 
     run(test())
+
+
+def test_a_late_hello_with_a_bad_key_waits_for_its_answer_all_the_same(tmp_path: Path) -> None:
+    """Else the end of its time would come at once, and the wait be avoided."""
+    gate = gate_of(tmp_path)
+    for _ in range(FREE_FAILURES):
+        gate.admit("bad", "127.0.0.1", time.monotonic_ns(), MADE_S)
+
+    async def test() -> None:
+        async with serving(gate=gate, hello_timeout_ns=500_000_000) as server:
+            late = await server.call()
+            reception = server.delivery._reception
+            assert reception is not None
+            await until(lambda: reception._arrivals)
+            (arrival,) = reception._arrivals
+            deadline_ns = arrival.deadline_ns
+            await late.send(b'{"key":')
+            while time.monotonic_ns() < deadline_ns - 100_000_000:
+                await asyncio.sleep(0.01)
+            if time.monotonic_ns() > deadline_ns - 50_000_000:
+                pytest.skip("the machine is too busy to be late by so little")
+            sent_ns = time.monotonic_ns()
+            await late.send(b'"bad"}\n')
+            assert json.loads(await late.line()) == {"error": "not accepted"}
+            assert time.monotonic_ns() - sent_ns > FIRST_DELAY_NS * 0.9
+
+    run(test())
+
+
+def test_a_wait_that_is_longer_than_a_connections_time_ends_in_the_same_words(tmp_path: Path) -> None:
+    gate = gate_of(tmp_path)
+    for _ in range(FREE_FAILURES + 10):
+        gate.admit("bad", "127.0.0.1", time.monotonic_ns(), MADE_S)
+
+    async def test() -> None:
+        async with serving(gate=gate, hello_timeout_ns=200_000_000) as server:
+            client = await ask(server, "bad")
+            assert json.loads(await client.line()) == {"error": "not accepted"}
+            assert await client.closed()
+
+    run(test())
+
+
+def test_a_client_that_hangs_up_while_it_is_admitted_leaves_no_seat_taken(store: KeyStore, tmp_path: Path) -> None:
+    key = store.create("acme", Tier.TURBO, MADE_S, connections=3)
+    gate = gate_of(tmp_path)
+    ours, theirs = udp_link.pair()
+
+    async def test() -> None:
+        async with serving(gate=gate, udp=UdpService(Address("127.0.0.1", 9), ours)) as server:
+            for _ in range(8):  # more often than it has seats
+                client = await server.call()
+                await client.send(json.dumps({"key": key, "udp": ":9"}).encode() + b"\n")
+                client.reset()
+            await until(lambda: server.accounts.refused + server.accounts.disconnected == 8)
+            assert gate.seats.taken(1) == 0
+            assert (await server.join(key=key)).welcome["tier"] == "turbo"
+
+    with ours, theirs:
+        run(test())
+
+
+@pytest.mark.parametrize("length", [257, 4_096, 1 << 20])
+def test_a_key_of_any_length_is_refused_and_nobody_is_kept(tmp_path: Path, length: int) -> None:
+    async def test() -> None:
+        async with serving(gate=gate_of(tmp_path)) as server:
+            client, other = await server.call(), await server.join()
+            with suppress(ConnectionError):  # cut off in the middle of it
+                await client.send(json.dumps({"key": "k" * length}).encode() + b"\n")
+            with suppress(AssertionError):  # after so much a reset may overtake the answer
+                assert b"error" in await client.line()
+            client.sock.close()
+            server.publish()
+            assert await other.read()
+
+    run(test())
+
+
+def test_what_shows_a_hello_shows_no_key() -> None:
+    assert "secret" not in repr(read_hello(b'{"key":"secret"}'))
 
 
 async def until_joined(server: Server) -> Client:
