@@ -35,7 +35,13 @@ RING_PAGES = 256  # 1 MiB: some 4,000 announcements, or what a lost 1 MB block i
 TIMEOUT_S = 60.0  # of the child: it takes 2 to 4 s on a slow core
 MAX_REPLY = 1 << 16
 
-PROGRAMS = {"classify": "XDP", "mirror": "SCHED_CLS", "classify_tc": "SCHED_CLS", "to_xsk": "XDP"}
+PROGRAMS = {
+    "classify": "XDP",
+    "mirror": "SCHED_CLS",
+    "classify_tc": "SCHED_CLS",
+    "shorten": "SCHED_CLS",
+    "to_xsk": "XDP",
+}
 """The functions of capture.c and the kind of program that each is."""
 MAPS = ("config", "ports", "flows", "counters", "express", "xsks", "stamps")
 

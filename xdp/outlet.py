@@ -1,15 +1,17 @@
 """The ways out of the kernel, which are one for all interfaces: the ring buffer, and the mirror link to the socket.
 
 The mirror is a private veth pair: tc on each interface clones marked packets into its near end, and native XDP at its
-far end hands them to the AF_XDP socket. A relay's Capture depends on this alone, so interfaces come and go (see
+far end hands them to the AF_XDP socket. Clones of what GRO had joined are brought down to what is needed on their way
+into it. A relay's Capture depends on this alone, so interfaces come and go (see
 attachment) without its noticing.
 
-`to_xsk` is attached by a bpf_link, which ends with us; the pair can outlive us, and links.clean() knows it.
+`to_xsk` and `shorten` are attached by bpf_links, which end with us; the pair can outlive us, and links.clean() knows it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING, final
 
@@ -55,10 +57,24 @@ class Outlet:
                 link = kernel.link_create(loaded.programs["to_xsk"], far, kernel.ATTACH_XDP, kernel.XDP_FLAGS_DRV_MODE)
                 undo.callback(os.close, link)
                 self._links.append(link)
+                self._shorten_clones(undo)
                 undo.callback(self._stop_mirroring)
                 loaded.configure(mirror_ifindex=self.mirror.near_index)
             self.count_from_here()
             self._undo = undo.pop_all()
+
+    def _shorten_clones(self, undo: contextlib.ExitStack) -> None:
+        """Where the kernel has links for that; without, what GRO had joined fills the mirror with what nobody needs."""
+        assert self.mirror is not None
+        program = self.loaded.programs["shorten"]
+        try:
+            link = kernel.link_create(program, self.mirror.near_index, kernel.ATTACH_TCX_EGRESS)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel before 6.6 doesn't know this kind of link
+                raise
+        else:
+            undo.callback(os.close, link)
+            self._links.append(link)
 
     def count_from_here(self) -> None:
         """Counters start anew, for those to whom it is handed over after this."""

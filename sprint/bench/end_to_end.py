@@ -25,7 +25,7 @@ from sprint.bench.end_to_end_product import Product
 from sprint.bench.end_to_end_worker import be_worker
 from sprint.bench.fanout_sink import MOST, Sink
 from sprint.bench.fanout_wire import be_far_end, lay
-from sprint.bench.surroundings import Surroundings
+from sprint.bench.surroundings import Surroundings, kept_waiting_ns
 from sprint.errors import HostError
 from sprint.tiers import NS_PER_MS, NS_PER_S
 from xdp.loader import LoadError, missing
@@ -88,14 +88,16 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
             peer.tell("accept")
             helper(product.be_bypass, other_cpu)
             worker = helper(lambda control: be_worker(control, product, enterprise, subscribers), other_cpu)
-            helper(product.be_relay, None)
+            relay_pid = helper(product.be_relay, None).answer()
             peer.answer()
             worker.answer()
             product.wait_until_ready()
             if other_cpu is not None:
                 os.sched_setaffinity(0, {other_cpu})
             progress("starting the product", 1, 1)
+            begun_ns, waited_ns = time.monotonic_ns(), kept_waiting_ns(relay_pid)
             _announce(peer, sink, deliveries, subscribers, blocks, progress)
+            waited = (kept_waiting_ns(relay_pid) - waited_ns) / (time.monotonic_ns() - begun_ns)
             facts = product.facts()
     except (LoadError, OSError) as error:
         raise HostError(f"end-to-end: {error}") from None
@@ -108,6 +110,7 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
             "period_ms": PERIOD_NS / NS_PER_MS,
             "product": facts,
             "relay_cpu": relay_cpu,
+            "relay_kept_waiting_share": round(waited, 5),
             "other_cpu": other_cpu,
             **around,
         },

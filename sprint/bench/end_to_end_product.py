@@ -70,8 +70,9 @@ class Product:
         self.bypass = BypassLines()
         self._line = RebuildLine()
 
-    def be_relay(self, _control: Pipe) -> None:
-        """The relay's process."""
+    def be_relay(self, control: Pipe) -> None:
+        """The relay's process; it says its pid."""
+        control.send(os.getpid())
         RelayProcess(self.shared, self._chain, self._header_file, [], self.log, self._line, self.bypass).run()
 
     def be_bypass(self, _control: Pipe) -> None:

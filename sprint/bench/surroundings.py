@@ -38,3 +38,8 @@ def stolen_ns() -> int:
 def cpu_ns(pid: int) -> int:
     """What a process has used of CPUs by now, all its threads (clock_getcpuclockid(3))."""
     return time.clock_gettime_ns((~pid << 3) | 2)
+
+
+def kept_waiting_ns(pid: int) -> int:
+    """For how long a process's first thread has been ready to run while something else ran (proc(5), schedstat)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[1])

@@ -3,6 +3,7 @@
  *   classify     XDP on the interface: chooses segments; writes them to the ring buffer, marks them for tc
  *   mirror       tc ingress: clones marked packets to the mirror link
  *   classify_tc  tc ingress, where no XDP program can be: chooses segments itself, and clones them
+ *   shorten      tc egress of the mirror link: brings a clone that GRO had joined down to what is needed
  *   to_xsk       XDP on the mirror link's far end: into the AF_XDP socket
  *
  * The packet itself always goes on, untouched: classify returns XDP_PASS, the tc programs TC_ACT_UNSPEC (TCX_NEXT).
@@ -28,7 +29,7 @@ struct stamp {
     struct flow_key key;
     u32 sequence;
     u32 skipped;
-    u32 zero;
+    u32 wanted; /* bytes behind those */
     u64 arrival_ns;
 };
 
@@ -72,24 +73,21 @@ static __always_inline void forget(struct config *c)
 
 /* Whether this CPU remembers that the segment is of no interest: most of a download are such, and looking up the flow
  * is most of what they would cost. */
-static __always_inline int is_known(struct view *v, struct work *w, struct config *c)
+static __always_inline int is_known(struct work *w, struct config *c)
 {
-    u32 start = 0;
     struct place *place = place_of(&w->key);
-    if (!place || place->epoch != c->epoch || !w->length || w->flags & TCP_SYN)
+    if (!place || place->epoch != c->epoch || w->begins || !w->length || w->flags & TCP_SYN)
         return 0;
     u32 ahead = w->sequence - place->from;
-    if (ahead >= place->size || w->length > place->size - ahead || !is_same(&place->key, &w->key))
-        return 0;
-    return !first_word(v, w, &start) || start != c->magic;
+    return ahead < place->size && w->length <= place->size - ahead && is_same(&place->key, &w->key);
 }
 
 /* Remembers how far from this segment on, which nobody wants, the flow's next bytes are of no interest either: up to
  * where a guess has the next message start, in the body of one, or in a flow that can't be read. */
-static __always_inline void remember(struct work *w, struct flow *f, u32 epoch)
+static __always_inline void remember(struct work *w, struct flow *f)
 {
     struct place *place = place_of(&w->key);
-    struct track *main = &f->tracks[f->main ? 1 : 0];
+    struct track *main = &f->tracks[f->main & 1];
     u32 size = PLACE_BYTES, sequence = w->sequence;
     if (!place)
         return;
@@ -109,7 +107,7 @@ static __always_inline void remember(struct work *w, struct flow *f, u32 epoch)
     place->key = w->key;
     place->from = sequence;
     place->size = size;
-    place->epoch = epoch;
+    place->epoch = w->epoch;
 }
 
 /* Decides which bytes of a segment are captured, w->from to w->to, and brings the flow up to date. */
@@ -117,7 +115,7 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
 {
     if (!w->length && !(w->flags & TCP_SYN))
         return 0;
-    u32 epoch = UNKNOWN(c->epoch); /* before the flow is looked at, which another CPU may be changing */
+    w->epoch = c->epoch; /* before the flow is looked at, which another CPU may be changing */
     struct flow *f = flows.lookup(&w->key);
     if (!f) {
         struct flow unknown = {};
@@ -140,14 +138,14 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
     w->reasons = 0;
     w->announcements = 0;
     w->placed = 0;
-    w->begins = 0;
     w->fresh = NONE;
 
     struct track *first = &f->tracks[0], *second = &f->tracks[1];
-    u32 start = 0, sequence = w->sequence;
-    u32 was_main = f->main, rival = was_main ? first->next : second->next, state = f->state;
-    if (first_word(v, w, &start) && start == c->magic) {
-        w->begins = 1;
+    u32 sequence = w->sequence;
+    w->main = f->main & 1;
+    w->state = f->state;
+    w->rival = f->tracks[f->main & 1 ^ 1].next;
+    if (w->begins) {
         if ((first->valid && !first->have && first->next == sequence) ||
             (second->valid && !second->have && second->next == sequence)) {
             if (c->every_magic)
@@ -172,16 +170,17 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
             n->opaque_flows += 1;
         }
     }
-    if (w->fresh != NONE || f->state != state || rival != (was_main ? first->next : second->next))
+    u32 rival = UNKNOWN(w->main) ^ 1;
+    if (w->fresh != NONE || f->state != w->state || f->tracks[rival & 1].next != w->rival)
         forget(c);
     if (f->state == FLOW_OPAQUE && !w->begins) {
-        remember(w, f, epoch);
+        remember(w, f);
         return 0;
     }
     if (!w->placed)
         want(w, 0, w->length, CAPTURED_UNPLACED);
     if (!w->to) {
-        remember(w, f, epoch);
+        remember(w, f);
         return 0;
     }
     if (w->to > w->length)
@@ -228,17 +227,25 @@ static __always_inline u32 stamp_slot(u32 sequence)
     return sequence * 0x9e3779b1 >> 16 & (STAMPS - 1);
 }
 
-/* Leaves what the mirrored frame can't carry for to_xsk to find. */
-static __always_inline void leave_stamp(struct work *w, u64 now)
+/* Leaves what the mirrored frame can't carry for shorten and to_xsk to find. */
+static __always_inline void leave_stamp(struct flow_key *key, u32 sequence, u32 skipped, u32 wanted, u64 now)
 {
-    u32 slot = stamp_slot(w->sequence);
+    u32 slot = stamp_slot(sequence);
     struct stamp *stamp = stamps.lookup(&slot);
     if (!stamp)
         return;
-    stamp->key = w->key;
-    stamp->sequence = w->sequence;
-    stamp->skipped = w->from;
+    stamp->key = *key;
+    stamp->sequence = sequence;
+    stamp->skipped = skipped;
+    stamp->wanted = wanted;
     stamp->arrival_ns = now;
+}
+
+static __always_inline struct stamp *find_stamp(struct work *w)
+{
+    u32 slot = stamp_slot(w->sequence);
+    struct stamp *stamp = stamps.lookup(&slot);
+    return stamp && stamp->sequence == w->sequence && is_same(&stamp->key, &w->key) ? stamp : 0;
 }
 
 /* Whether tc is to clone this packet. */
@@ -249,7 +256,8 @@ static __always_inline int capture(struct view *v, struct config *c, struct coun
     n->packets += 1;
     if (!w || !parse(v, w))
         return 0;
-    if (is_known(v, w, c)) {
+    w->begins = begins_with(v, w, c->magic);
+    if (is_known(w, c)) {
         n->segments += 1;
         return 0;
     }
@@ -260,7 +268,7 @@ static __always_inline int capture(struct view *v, struct config *c, struct coun
         write_express(v, w, c, n, now);
     if (!c->mirror_ifindex)
         return 0;
-    leave_stamp(w, now);
+    leave_stamp(&w->key, w->sequence, w->from, w->to - w->from, now);
     return 1;
 }
 
@@ -316,6 +324,43 @@ int classify_tc(struct __sk_buff *skb)
     return TC_ACT_UNSPEC;
 }
 
+/* What GRO had joined is cut up again on its way into the mirror link, 64 KiB into 45 frames for 152 bytes of interest.
+ * So those bytes are moved to the front of the clone, as a segment of their own. One of which more is needed than a frame
+ * takes stays as it is. */
+int shorten(struct __sk_buff *skb)
+{
+    u32 zero = 0;
+    if (!skb->gso_size)
+        return TC_ACT_UNSPEC;
+    struct counters *n = counters.lookup(&zero);
+    struct work *w = works.lookup(&zero);
+    struct express_room *room = rooms.lookup(&zero);
+    struct view v = {.ctx = skb, .size = skb->len, .skb = 1};
+    if (!n || !w || !room || !parse(&v, w) || w->flags & TCP_SYN)
+        return TC_ACT_UNSPEC;
+    struct stamp *left = find_stamp(w);
+    if (!left)
+        return TC_ACT_UNSPEC;
+    u32 from = UNKNOWN(left->skipped), sequence = w->sequence + from;
+    u64 size = UNKNOWN(left->wanted), arrival_ns = left->arrival_ns;
+    if (w->start + size > MIRROR_FRAME)
+        return TC_ACT_UNSPEC;
+    FORGET(size);
+    if (size < ONE || size > MIRROR_FRAME || bpf_skb_load_bytes(skb, w->start + from, room->payload, size) ||
+        bpf_skb_change_tail(skb, w->start + size, 0))
+        return TC_ACT_UNSPEC;
+    u32 written = htonl(sequence);
+    u16 length = htons(w->start + size - w->network - (w->is_ipv6 ? 40 : 0));
+    FORGET(size);
+    if (size < ONE || size > MIRROR_FRAME || bpf_skb_store_bytes(skb, w->start, room->payload, size, 0) ||
+        bpf_skb_store_bytes(skb, w->network + (w->is_ipv6 ? 4 : 2), &length, 2, 0) ||
+        bpf_skb_store_bytes(skb, w->transport + 4, &written, 4, 0))
+        return TC_ACT_SHOT; /* neither what it was nor what it should be */
+    n->shortened += 1;
+    leave_stamp(&w->key, sequence, 0, size, arrival_ns);
+    return TC_ACT_UNSPEC;
+}
+
 int to_xsk(struct xdp_md *ctx)
 {
     u32 zero = 0;
@@ -326,9 +371,8 @@ int to_xsk(struct xdp_md *ctx)
     if (!n || !w || !parse(&v, w))
         return XDP_DROP;
     struct mirror_stamp carried = {.mark = MARK};
-    u32 slot = stamp_slot(w->sequence);
-    struct stamp *left = stamps.lookup(&slot);
-    if (left && left->sequence == w->sequence && is_same(&left->key, &w->key)) {
+    struct stamp *left = find_stamp(w);
+    if (left) {
         carried.arrival_ns = left->arrival_ns;
         carried.skipped = left->skipped;
     }

@@ -13,6 +13,7 @@
 #define V1_UNPLACED_LIMIT 16384 /* and if it has been seen to speak v1: more than a whole message takes, on any link */
 #define STAMPS 1024           /* segments on their way through the mirror; a power of two */
 #define EXPRESS_PAYLOAD 16384 /* captured of one segment at most: GRO hands on up to 64 KiB, per-CPU memory ends at 32 */
+#define MIRROR_FRAME 3512     /* what the mirror link carries in one piece: links.MIRROR_MTU and Ethernet's 14 bytes */
 #define XSKS 16
 #define PLACES 64             /* flows whose next bytes a CPU remembers to be of no interest; a power of two */
 #define PLACE_BYTES 262144    /* so far at most, whatever a length says: then the flow is looked up again */
@@ -60,6 +61,7 @@ struct counters {
     u64 unmarked;      /* not marked: this driver's packets have no room for XDP metadata */
     u64 cloned;        /* handed to the mirror link by tc */
     u64 uncloned;      /* refused by it */
+    u64 shortened;     /* of those clones that GRO had joined: brought down to what is needed */
     u64 redirected;    /* handed to the AF_XDP socket */
     u64 unredirected;  /* dropped at the mirror link's far end: no socket there */
     u64 opaque_flows;  /* directions of connections whose messages can't be read */

@@ -27,7 +27,10 @@
 /* A segment while it is looked at. The header has room for a partial one and as much again: the verifier adds the most
  * that each part may have. */
 struct work {
-    u32 start; /* of the TCP payload, from the frame's first byte */
+    u32 network; /* where its IP header starts, from the frame's first byte, */
+    u32 transport; /* TCP's, */
+    u32 start; /* and the payload */
+    u32 is_ipv6;
     u32 length;
     u32 sequence; /* of the payload's first byte */
     u32 offset; /* of the next message header, in the payload */
@@ -40,6 +43,10 @@ struct work {
     u32 flags;
     u32 begins; /* with the magic */
     u32 fresh;  /* the guess that was made from this segment, or NONE */
+    u32 epoch;  /* config's, before this segment, */
+    u32 main;   /* and the flow's main guess, */
+    u32 state;  /* its state, */
+    u32 rival;  /* and where its other guess has the next message start */
     u32 placed; /* 1: a guess knows where messages start in it, or that none does */
     u32 header[12];
     struct flow_key key;
@@ -70,21 +77,18 @@ static __always_inline void *peek(struct view *v, u32 offset, u32 size, void *co
     return at + size > v->end ? 0 : at;
 }
 
-/* The four bytes that the payload begins with, if it has as many. */
-static __always_inline int first_word(struct view *v, struct work *w, u32 *word)
+/* Whether the payload begins with these four bytes. */
+static __always_inline int begins_with(struct view *v, struct work *w, u32 word)
 {
-    u32 start = UNKNOWN(w->start);
+    u32 start = UNKNOWN(w->start), first;
     if (w->length < 4)
         return 0;
     if (v->skb)
-        return !bpf_skb_load_bytes(v->ctx, start, word, 4);
+        return !bpf_skb_load_bytes(v->ctx, start, &first, 4) && first == word;
     if (start > 0x7fff)
         return 0;
     u32 *at = v->data + start;
-    if ((void *)(at + 1) > v->end)
-        return 0;
-    *word = *at;
-    return 1;
+    return (void *)(at + 1) <= v->end && *at == word;
 }
 
 /* Of capture.c: whether flows of this port are followed. */
@@ -160,6 +164,9 @@ static __always_inline int parse(struct view *v, struct work *w)
     u32 start = transport + tcp->doff * 4;
     if (tcp->doff < 5 || start > end || end > v->size)
         return 0;
+    w->network = network;
+    w->transport = transport;
+    w->is_ipv6 = protocol != 0x0800;
     w->start = start;
     w->length = end - start;
     w->sequence = ntohl(tcp->seq);
