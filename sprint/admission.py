@@ -35,6 +35,8 @@ FORGET_NS: Final = 60 * NS_PER_S
 MAX_NETWORKS: Final = 4_096
 """Networks whose failures are remembered. While all of them are recent, others are counted as one: who has many
 addresses can't have any forgotten by using more."""
+BUSY_NS: Final = 50 * NS_PER_MS
+"""An operator's change keeps the file from being read for some milliseconds."""
 ENDS_A_TURN: Final = 256
 """Sessions that one check ends, about 10 ms: a publication waits behind them."""
 
@@ -60,6 +62,8 @@ class Denial:
     delay_ns: int
     full: bool = False
     """The key is good and its connections are all taken: worth another try."""
+    undecided: bool = False
+    """The keys are being changed at this instant, and this one may be new: ask again after the delay."""
 
 
 class Admission:
@@ -88,6 +92,8 @@ class Admission:
             return Ticket(Tier.FREE, None)
         self._book.refresh()  # a key works from the moment it was made
         found = self._book.look_up(key, now_s)
+        if found is None and self._book.busy:
+            return Denial(BUSY_NS, undecided=True)
         if found is None:
             self.denied += 1
             return Denial(self._failed(network, now_ns))

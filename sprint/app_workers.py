@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sprint.api.server import ApiServer
     from sprint.channels import Channel
     from sprint.composition import Shared
-    from sprint.deliveries.udp import Fanout
+    from sprint.deliveries.udp_ladder import Fanout
     from sprint.deliveries.udp_sessions import UdpService
     from sprint.sources.rebuild import RebuildLine
     from sprint.status import Delivery

@@ -2,7 +2,9 @@
 
 Records come by whichever way is first, each once, in the order of their coming: one that was lost on the way follows
 later, and its sequence tells. A gap is noticed by the next record or the next heartbeat, on either way, and asked for
-over TCP after a short while; what the server no longer holds is told as lost.
+over TCP after a short while; what the server no longer holds is told as lost. When nothing comes by datagram for
+several heartbeats on end, or one gap after the other is filled by TCP alone, datagrams don't get here: records are
+wanted over TCP again, and UDP is tried anew a minute later.
 
 A datagram proves little. It counts only with this session's number, which was told over TCP, and a record besides only
 with its network, its header's work, and a sequence not far beyond what TCP has told of; everything else is passed over
@@ -20,7 +22,7 @@ from sprint.client_protocol import ClientProtocol, Subscribed, check_proof
 from sprint.datagrams import TOKEN_SIZE, Challenge, Echo, KeepAlive, from_server
 from sprint.errors import RemoteProtocolError
 from sprint.events import Lapped
-from sprint.frames import Heartbeat, Item, UdpChange, UdpState, json_line
+from sprint.frames import Heartbeat, Item, UdpChange, UdpReason, UdpState, json_line
 from sprint.record import Record, decode
 
 KEEP_ALIVE_NS: Final = 10_000_000_000
@@ -34,6 +36,14 @@ MAX_REQUESTS: Final = 8
 """Unanswered, for the same record: then a new connection."""
 MAX_RESEND: Final = 128
 """Records in one request."""
+MAX_UNHEARD: Final = 4
+"""Heartbeats over TCP on end, with one a second by UDP that didn't come."""
+MAX_REPAIRED: Final = 3
+"""Gaps on end that TCP had to fill, with no record by datagram between them."""
+RETREAT_NS: Final = 60_000_000_000
+"""Over TCP, before UDP is tried again."""
+_APART_NS: Final = 500_000_000
+"""Between two heartbeats that count: what waited to be read while we slept tells nothing."""
 AHEAD: Final = 1_024
 """Records between what TCP has told of, each second, and what a datagram is believed."""
 
@@ -66,6 +76,9 @@ class DatagramProtocol(ClientProtocol):
         self._repair_ns = 0
         self._asked = (0, 0)
         """The first sequence asked for, and how often on end."""
+        self._unheard = self._repaired = 0
+        """Heartbeats, and gaps, since the last datagram, or the last record by datagram."""
+        self._counted_ns = 0
         self._early: Challenge | None = None
         """One that came before the answer over TCP."""
         self._datagrams: list[bytes] = []
@@ -79,6 +92,7 @@ class DatagramProtocol(ClientProtocol):
         self.active = self._replayed = False
         self._keep_alive_ns = self._repair_ns = 0
         self._asked = (0, 0)
+        self._unheard = self._repaired = 0
         return super().connected(now_ns)
 
     def deadline(self) -> int:
@@ -94,9 +108,14 @@ class DatagramProtocol(ClientProtocol):
                 if self._early is not None:
                     self._answer_challenge(self._early)
             elif isinstance(item, UdpChange):
+                self._unheard = self._repaired = 0
                 self._pause_ns = KEEP_ALIVE_NS if self.active else FIRST_KEEP_ALIVE_NS
-                self._keep_alive_ns = now_ns + self._pause_ns
+                self._keep_alive_ns = now_ns + (RETREAT_NS if item.reason is UdpReason.UNHEARD else self._pause_ns)
+            elif isinstance(item, Heartbeat) and self.active and now_ns >= self._counted_ns + _APART_NS:
+                self._counted_ns = now_ns
+                self._unheard += 1
         self._plan(now_ns)
+        self._judge()
         return items
 
     def receive_datagram(self, data: bytes, now_ns: int) -> list[Item]:
@@ -108,12 +127,15 @@ class DatagramProtocol(ClientProtocol):
             meant = record is not None
             if record is not None:
                 self.by_datagram += 1
+                self._repaired = 0
                 items.append(record)
         elif isinstance(said, Challenge):
             meant = self._answer_challenge(said)
         else:
             meant = said is not None and said.session == self.session and self._expected(said.sequence)
         self.ignored += not meant
+        if meant:
+            self._unheard = 0
         self._plan(now_ns)
         return items
 
@@ -250,6 +272,12 @@ class DatagramProtocol(ClientProtocol):
         elif not self._repair_ns:
             self._repair_ns = now_ns + GRACE_NS
 
+    def _judge(self) -> None:
+        """Whether datagrams still get here."""
+        if self._unheard >= MAX_UNHEARD or self._repaired >= MAX_REPAIRED:
+            self._unheard = self._repaired = 0
+            self._lines += json_line({"udp": False})
+
     def _ask_again(self, now_ns: int) -> None:
         missing = self._arrivals.missing(MAX_RESEND) if self._arrivals is not None else None
         if missing is None:
@@ -260,6 +288,9 @@ class DatagramProtocol(ClientProtocol):
         if times > MAX_REQUESTS:
             raise RemoteProtocolError(f"record {missing.first} was asked for {MAX_REQUESTS} times, and didn't come")
         self._asked = (missing.first, times)
+        if times == 1 and self.active:
+            self._repaired += 1
+            self._judge()
         self._lines += json_line({"resend": {"first": missing.first, "count": missing.lost}})
         self.requests += 1
         self._repair_ns = now_ns + RETRY_NS

@@ -93,6 +93,8 @@ class UdpReason(IntEnum):
     """This host can't send to that address."""
     REPLACED = 6
     """Another session has proven the same address."""
+    UNHEARD = 7
+    """The subscriber says that none of it reaches him."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ class KeyBook:
         """An absent file is an empty one, and may come later."""
         self.reason: str | None = None
         """Why the file could not be read when last tried; what was known before still counts."""
+        self.busy = False
+        """Somebody was changing the file when it was last tried: there may be more keys than are known."""
         self.version = 0
         """Another one whenever what is known has changed."""
         self._path = path
@@ -50,15 +52,16 @@ class KeyBook:
                 self._identity = identity
                 self.version += 1
             if identity is None:
-                self.reason = None
+                self.reason, self.busy = None, False
                 return False
             if self._changes is None:
                 self._changes = Changes(self._path)
             changed, afresh = self._changes.read()
         except (sqlite3.Error, HostError, OSError) as error:
             self.reason = f"keys in {self._path}: {error}"
+            self.busy = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
             return False
-        self.reason = None
+        self.reason, self.busy = None, False
         if not (changed or afresh):
             return False
         if afresh:

@@ -32,6 +32,7 @@ TESTS = ("tests/net",)
 _PROGRAM = "tests/net/test_capture_program.py::test_"
 LEFT_OUT = (
     "tests/net/test_bypass.py",  # the whole product against the clock
+    "tests/net/test_doctor.py",  # whose looks have time limits of their own
     "tests/net/test_capture_everything.py",  # ten thousand blocks
     "tests/net/test_capture_load.py",  # gigabytes of other traffic
     # One and the same program by the ten thousand, a matter of its logic and not of the kernel's:

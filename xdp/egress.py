@@ -29,7 +29,7 @@ from xdp.netdev import XdpFeature, xdp_features
 from xdp.pacing import pacing, slowest, tx_queues
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Callable, Hashable, Iterable
     from types import TracebackType
 
     from xdp.datagrams import NextHop
@@ -147,6 +147,16 @@ class Egress:
             self.failed += refused
         return sent
 
+    def beat(self, payload: bytes | memoryview, go_on: Callable[[], bool]) -> int | None:
+        """To everybody on the first rung, this side's own run: how many drivers took it; None: frames don't lead there.
+
+        `go_on` as FanoutRun.send()'s.
+        """
+        if self._run is None:
+            return None
+        sent = self._run.send(payload, go_on=go_on).transmitted
+        return sent if self._run.step is Step.LIVE_FRAMES else None
+
     # ── changes ──
 
     def fileno(self) -> int:
@@ -181,6 +191,8 @@ class Egress:
             self._retry_ns = now_ns + RETRY_NS
             if not live:
                 self._vouch()
+            if self._run is not None and all(interface.live for interface in self._interfaces.values()):
+                self._run.restore()  # proofs have just gone by it
             self._to_retry = [key for key, member in self._members.items() if member.step is Step.SENDMMSG]
         again += [key for key in self._to_retry[-RETRIES_A_TICK:] if key in self._members]
         del self._to_retry[-RETRIES_A_TICK:]

@@ -15,11 +15,14 @@ import signal
 import struct
 import threading
 import time
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from xdp import kernel
 from xdp.datagrams import IPV4_HEADERS, IPV6_HEADERS, word_sum
 from xdp.fanout_maps import BATCH, EGRESS, PAYLOAD_LIMIT, FanoutHandover, MappedArray, Step, long, word
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _RUN = EGRESS.layouts["run"]
 _RUN_WORDS, _RUN_LONGS = _RUN.size // 4, _RUN.size // 8
@@ -119,8 +122,13 @@ class Lane:
             self._size = words[_FRAME] = size
         self.error = 0
 
-    def run(self, burst: int, gap_ps: int) -> None:
-        """Calls until the cursor is at the end; `error` says what else ended it."""
+    @property
+    def visited(self) -> int:
+        """How many have had their turn in the last run."""
+        return self._words[_CURSOR]
+
+    def run(self, burst: int, gap_ps: int, go_on: Callable[[], bool] | None = None) -> None:
+        """Calls until the cursor is at the end; `error` says what else ended it. `go_on` is asked between two calls."""
         words, attributes, count = self._words, self._attributes, self._words[_COUNT]
         due, at, interruptions = time.monotonic_ns(), 0, 0
         while at < count:
@@ -135,6 +143,8 @@ class Lane:
                 interruptions += 1
             elif error or at == before:
                 self.error = error or errno.ESTALE  # the program isn't ours, or doesn't know this lane's context
+                break
+            if go_on is not None and at < count and not go_on():
                 break
             if gap_ps and at < count:
                 due += (at - before) * gap_ps // 1000

@@ -17,6 +17,7 @@ from xdp.fanout_lane import Helper, Lane, LaneResult
 from xdp.fanout_maps import (
     BATCH,
     EGRESS,
+    ENTRIES,
     PAYLOAD_LIMIT,
     RUN_CPUS,
     RUNS,
@@ -31,8 +32,11 @@ from xdp.fanout_maps import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
+CONSIDERATE_BURST = 512
+"""Frames a call where others may want to go first: about 0.15 ms."""
 SHORT_SHARE = 0.01
 """Frames missing from which a run counts as short: one now and then is lost for want of a place in a ring."""
 SHORT_RUNS = 3
@@ -111,10 +115,12 @@ class FanoutRun:
             self._undo = undo.pop_all()
         self.restore()
 
-    def send(self, payload: bytes | memoryview) -> RunReport:
+    def send(self, payload: bytes | memoryview, *, go_on: Callable[[], bool] | None = None) -> RunReport:
         """To every subscriber of the table as it stands now, the first rank first; nothing once stepped down.
 
-        Up again by restore(), or by itself after FanoutTable.vouch().
+        Up again by restore(), or by itself after FanoutTable.vouch(). With `go_on` it is sent by this CPU alone, in
+        calls of CONSIDERATE_BURST; that is asked between them, and False ends the run: those whose turn didn't come are
+        not lost.
 
         `payload` is of 1 to PAYLOAD_LIMIT bytes. Raises ValueError for another size, and nothing for what the machine
         refuses: that is in the report.
@@ -122,8 +128,8 @@ class FanoutRun:
         if not 0 < len(payload) <= PAYLOAD_LIMIT:
             raise ValueError(f"a payload of {len(payload)} bytes: 1 to {PAYLOAD_LIMIT} are expected")
         started = time.monotonic_ns()
-        if self.step is not Step.LIVE_FRAMES and self._directory.words[_PROOFS] != self._proofs:
-            self.restore()
+        if self.step is not Step.LIVE_FRAMES:
+            self.recover()
         if self.step is not Step.LIVE_FRAMES:
             return RunReport(0, 0, 0, started, 0, 0, started, 0)
         lane = self._lanes[0]
@@ -137,7 +143,13 @@ class FanoutRun:
                 return RunReport(0, 0, 0, started, 0, 0, started, 0)
             burst, gap = self._directory.words[_BURST], self._directory.longs[_GAP]
             place = number * SUBSCRIBERS
-            if self._helper is None or count < 2 * BATCH or self._directory.words[_NARROW]:
+            if go_on is not None:
+                lane.prepare(payload, place=place, stride=1, count=count, first=first, ipv6=ipv6)
+                lane.run(min(burst or CONSIDERATE_BURST, CONSIDERATE_BURST), gap, go_on)
+                results = [lane.result()]
+                if not lane.error:
+                    count = lane.visited
+            elif self._helper is None or count < 2 * BATCH or self._directory.words[_NARROW]:
                 lane.prepare(payload, place=place, stride=1, count=count, first=first, ipv6=ipv6)
                 lane.run(burst, gap)
                 results = [lane.result()]
@@ -172,6 +184,19 @@ class FanoutRun:
                 "the driver took no live frame: it has no ndo_xdp_xmit, or its peer neither XDP nor GRO, or it is down"
             )
         return "the program made no frame"
+
+    def recover(self) -> bool:
+        """Back to live frames if the table has vouched for its interfaces since the step down; whether that is so."""
+        if self.step is Step.LIVE_FRAMES or self._directory.words[_PROOFS] == self._proofs:
+            return False
+        self.restore()
+        return True
+
+    def rehearse(self) -> None:
+        """Run the way of a publication and send nothing: one frame to an entry that nobody has, which is dropped."""
+        lane = self._lanes[0]
+        lane.prepare(_PROBE_PAYLOAD, place=0, stride=1, count=1, first=0, ipv6=False, direct=ENTRIES + 1)
+        lane.run(0, 0)
 
     def restore(self) -> None:
         """Back to live frames, after what had failed was mended."""

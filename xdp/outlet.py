@@ -5,7 +5,8 @@ far end hands them to the AF_XDP socket. Clones of what GRO had joined are broug
 into it. A relay's Capture depends on this alone, so interfaces come and go (see
 attachment) without its noticing.
 
-`to_xsk` and `shorten` are attached by bpf_links, which end with us; the pair can outlive us, and links.clean() knows it.
+`to_xsk` and `shorten` are attached by bpf_links, which end with us; the pair can outlive us, and links.clean() knows
+it.
 """
 
 from __future__ import annotations

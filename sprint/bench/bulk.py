@@ -248,9 +248,9 @@ def _read(control: Pipe, handover: Handover) -> None:
         selector.register(control.fileno(), selectors.EVENT_READ)
         control.send("reading")
         while True:
-            selector.select(0 if source.deadline() is not None else None)
+            ready = selector.select(0 if source.deadline() is not None else None)
             heard += len(source.poll(time.monotonic_ns()))
-            if control.poll():
+            if any(key.fileobj == control.fileno() for key, _ in ready):
                 control.recv()
                 names = ("packets", "announcements", "captured", "surplus", "mirrored", "mirrorLost", "express")
                 counted = source.counters()

@@ -48,4 +48,4 @@ def admit(gate: Gate, key: str | None, network: str, now_ns: int, wall_ns: int) 
         return answer
     if answer.full:
         return Refusal(FULL, retry=True)
-    return Refusal(NOT_ACCEPTED, delay_ns=answer.delay_ns)
+    return Refusal(NOT_ACCEPTED, delay_ns=answer.delay_ns, undecided=answer.undecided)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sprint.deliveries.requests import MAX_EXTRA, answer
+from sprint.deliveries.requests import MAX_EXTRA, GiveUp, answer
 from sprint.tiers import NS_PER_MS
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sprint.deliveries.requests import Resend
     from sprint.deliveries.session import Feed
     from sprint.deliveries.subscriber import Subscriber
+    from sprint.deliveries.udp_sessions import UdpSessions
 
 _PROBE_NS: Final = 100 * NS_PER_MS
 """After a client has half-closed: by then, the answer to a heartbeat has told whether it is gone altogether."""
@@ -30,6 +31,7 @@ class Hearing:
         feed: Feed,
         catching_up: CatchUp,
         deadlines: Deadlines[Subscriber],
+        udp: UdpSessions | None,
         *,
         end: Callable[[Subscriber], None],
         heartbeat: Callable[[Subscriber], None],
@@ -38,6 +40,7 @@ class Hearing:
         self._feed = feed
         self._catching_up = catching_up
         self._deadlines = deadlines
+        self._udp = udp
         self._end = end
         self._heartbeat = heartbeat
 
@@ -55,7 +58,10 @@ class Hearing:
             return
         if data:
             for request in subscriber.requests.receive(data, self._feed.clock()):
-                self._send_again(subscriber, request)
+                if not isinstance(request, GiveUp):
+                    self._send_again(subscriber, request)
+                elif self._udp is not None:
+                    self._udp.give_up(subscriber)
             if subscriber.requests.surplus > MAX_EXTRA:
                 self._end(subscriber)
             return

@@ -70,6 +70,8 @@ class Refusal:
     """The same hello may be accepted later."""
     delay_ns: int = 0
     """How long to wait before saying so."""
+    undecided: bool = False
+    """After that delay the hello is to be judged again, and this said only when there is no time left."""
 
 
 def read_hello(line: bytes) -> Hello | Refusal:

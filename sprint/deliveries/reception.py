@@ -200,17 +200,26 @@ class Reception:
         asked = read_hello(line) if newline and len(line) < MAX_HELLO else Refusal(TOO_LONG)
         arrival.received = b""
         if isinstance(asked, Hello):
-            self._loop.remove_reader(arrival.sock)
-            refusal = self._admit(arrival.sock, arrival.network, asked, len(more))
-            if refusal is None:
-                del self._arrivals[arrival]
-                return
-            asked = refusal
-            self._loop.add_reader(arrival.sock, self._readable, arrival)
-        if asked.delay_ns:
-            self._delay(arrival, asked)
+            self._judge(arrival, asked, len(more))
         else:
             self._refuse(arrival, asked)
+
+    def _judge(self, arrival: _Arrival, hello: Hello, extra: int) -> None:
+        if arrival not in self._arrivals:
+            return  # it has hung up meanwhile
+        self._loop.remove_reader(arrival.sock)
+        refusal = self._admit(arrival.sock, arrival.network, hello, extra)
+        if refusal is None:
+            del self._arrivals[arrival]
+            return
+        self._loop.add_reader(arrival.sock, self._readable, arrival)
+        if refusal.undecided:
+            arrival.refused, arrival.refusal = max(1, arrival.refused), refusal
+            self._loop.call_later(refusal.delay_ns / NS_PER_S, self._judge, arrival, hello, extra)
+        elif refusal.delay_ns:
+            self._delay(arrival, refusal)
+        else:
+            self._refuse(arrival, refusal)
 
     def _delay(self, arrival: _Arrival, refusal: Refusal) -> None:
         """Refuse it later; its time begins anew, or whoever is late with his hello would have his answer at once."""

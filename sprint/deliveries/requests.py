@@ -1,6 +1,7 @@
-"""What a subscriber may say after its hello: lines that ask for records again. Pure.
+"""What a subscriber may say after its hello: lines that ask for records again, and that UDP doesn't reach it. Pure.
 
-Whoever misses a record (UDP, or a `lost`) asks for it with `{"resend":{"first":12,"count":3}}`. Everything else is
+Whoever misses a record (UDP, or a `lost`) asks for it with `{"resend":{"first":12,"count":3}}`, and whoever hears
+nothing by UDP any more says `{"udp":false}`. Everything else is
 counted in bytes, and so are requests that come too often: the caller ends a connection that says too much of it.
 """
 
@@ -36,6 +37,13 @@ class Resend(NamedTuple):
     """How many."""
 
 
+class GiveUp(NamedTuple):
+    """Records over TCP, for no datagram arrives."""
+
+
+Request = Resend | GiveUp
+
+
 class Requests:
     """One session's lines."""
 
@@ -47,10 +55,10 @@ class Requests:
         self._rest = b""
         self._bucket = Bucket(REQUEST_BURST, REQUESTS_PER_S, now_ns)
 
-    def receive(self, data: bytes, now_ns: int) -> list[Resend]:
+    def receive(self, data: bytes, now_ns: int) -> list[Request]:
         """The requests that these bytes complete. Holds at most MAX_REQUEST bytes of an unfinished line."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        asked = []
+        asked: list[Request] = []
         for line in lines:
             request = read_request(line)
             if request is not None and self._bucket.take(now_ns):
@@ -63,7 +71,7 @@ class Requests:
         return asked
 
 
-def read_request(line: bytes) -> Resend | None:
+def read_request(line: bytes) -> Request | None:
     """What a line asks for; None: nothing that there is."""
     if not 0 < len(line) <= MAX_REQUEST:
         return None
@@ -71,7 +79,11 @@ def read_request(line: bytes) -> Resend | None:
         said = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    asked = said.get("resend") if isinstance(said, dict) and len(said) == 1 else None
+    if not isinstance(said, dict) or len(said) != 1:
+        return None
+    if said.get("udp") is False:
+        return GiveUp()
+    asked = said.get("resend")
     if not isinstance(asked, dict) or asked.keys() != {"first", "count"}:
         return None
     first, count = asked["first"], asked["count"]

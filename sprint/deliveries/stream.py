@@ -141,11 +141,11 @@ class StreamDelivery:
         self._deadlines = Deadlines(loop, self._clock, self._deadline)
         self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._turn_to_beat)
         self._catching_up = CatchUp(loop, self._clock, self._write)
-        self._hearing = Hearing(
-            loop, self._feed, self._catching_up, self._deadlines, end=self._end, heartbeat=self._heartbeat
-        )
         if self._udp_service is not None:
             self._udp = UdpSessions(loop, self._udp_service, self._rosters, self._catching_up)
+        self._hearing = Hearing(
+            loop, self._feed, self._catching_up, self._deadlines, self._udp, end=self._end, heartbeat=self._heartbeat
+        )
         self._reception = Reception(
             loop,
             listener,

@@ -13,16 +13,16 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import Address
-from sprint.datagrams import MAX_FROM_CLIENT, Beat, Echo, from_client
+from sprint.datagrams import MAX_FROM_CLIENT, Echo, from_client
 from sprint.deliveries.accounts import TierLedger
-from sprint.deliveries.deadlines import Heartbeats
 from sprint.deliveries.reception import network_of
 from sprint.deliveries.session import latency_origin_ns
+from sprint.deliveries.udp_beats import Beats
 from sprint.deliveries.udp_leases import Activated, Deactivated, Leases, SendChallenge
-from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Wanted
+from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Unheard, Wanted
 from sprint.deliveries.udp_sender import Batches, Run, Rung, Target
 from sprint.deliveries.udp_sessions import UDP_TIERS, unmapped
 from sprint.errors import HostError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from sprint.deliveries.udp_ladder import Fanout
     from sprint.deliveries.udp_leases import Action, Lease
     from sprint.deliveries.udp_link import Message
     from sprint.ring import Ring
@@ -46,47 +47,15 @@ SOCKET_BUFFER: Final = 4 << 20
 """Asked for, each way: room for a burst of ten thousand small datagrams. The kernel may grant less."""
 
 
-class Fanout(Protocol):
-    """The one that serves many at once, as this delivery sees it. Subscribers are known by their tokens."""
-
-    @property
-    def step(self) -> str:
-        """The best rung that there is."""
-
-    @property
-    def reason(self) -> str | None:
-        """Why somebody isn't on the first."""
-
-    def fileno(self) -> int:
-        """Readable when look() has something to do."""
-
-    def join(self, key: bytes, address: Address, tier: Tier) -> Rung:
-        """Serve this one from the next publication on, by that rung."""
-
-    def leave(self, key: bytes) -> None:
-        """Not any more."""
-
-    def transmit(self, payload: bytes) -> int:
-        """To everybody on the second rung, enterprise first: how many the kernel took."""
-
-    def look(self, now_ns: int) -> list[tuple[bytes, Rung]]:
-        """Who is served by another rung than before; to be called each second, too."""
-
-    def close(self) -> None:
-        """Serve nobody."""
-
-
 class _Subscriber(Target):
     """One who gets records: the address that a lease has proven."""
 
-    __slots__ = ("beat_ns", "closed", "lease", "rung", "timer_ns")
+    __slots__ = ("lease", "rung")
 
     def __init__(self, lease: Lease) -> None:
         super().__init__(lease.address)
         self.lease = lease
         self.rung = Rung.SENDMMSG
-        self.closed = False
-        self.beat_ns = self.timer_ns = 0
 
 
 class UdpDelivery:
@@ -120,6 +89,8 @@ class UdpDelivery:
         self._leases = Leases(ring.session, secrets.token_bytes(32), _network_of, clock())
         self._by_socket: dict[Tier, Batches] = {}
         """Whom nothing better reaches, the highest tier first."""
+        self._live: Batches
+        """Whom the relay serves; the socket only if a heartbeat can't be sent by frames."""
         self._by_frames = dict.fromkeys(UDP_TIERS, 0)
         """How many are on the second rung."""
         self._subscribers: dict[bytes, _Subscriber] = {}
@@ -129,7 +100,7 @@ class UdpDelivery:
         self._links: list[Link] = []
         self._loop: asyncio.AbstractEventLoop
         self._sock: socket.socket
-        self._heartbeats: Heartbeats[_Subscriber]
+        self._beats: Beats
         self._timer: asyncio.TimerHandle | None = None
         self._ipv6 = False
 
@@ -161,9 +132,18 @@ class UdpDelivery:
         self._sock = sock
         self._ipv6 = sock.family == socket.AF_INET6
         self._by_socket = {tier: Batches(sock, self._clock) for tier in reversed(UDP_TIERS)}
+        self._live = Batches(sock, self._clock)
         if self._fanout is not None:
             loop.add_reader(self._fanout.fileno(), self._look)
-        self._heartbeats = Heartbeats(loop, self._clock, self._heartbeat_ns, self._beat)
+        self._beats = Beats(
+            loop,
+            self._heartbeat_ns,
+            self._ring,
+            by_frames=self._beat_by_frames,
+            framed=self._live,
+            others=[*self._by_socket.values()],
+            sent=self._beaten,
+        )
         for owner, link in enumerate(self._link_socks):
             self._links.append(Link(loop, link, lambda message, owner=owner: self._told(owner, message)))  # type: ignore[misc]  # bound now
         loop.add_reader(sock, self._readable)
@@ -183,7 +163,7 @@ class UdpDelivery:
             link.close()
         for subscriber in list(self._subscribers.values()):
             self._drop(subscriber)
-        self._heartbeats.close()
+        self._beats.close()
         self._settle()
 
     def publish(self) -> None:
@@ -229,10 +209,16 @@ class UdpDelivery:
         self._unsettled.clear()
         self._accounts.bytes_sent = self._bytes_sent
 
-    def _beat(self, subscriber: _Subscriber, _now_ns: int) -> None:
-        beat = Beat(self._ring.session, self._ring.tail, time.time_ns()).encode()
-        if self._send_one(subscriber.address, beat):
-            self._accounts.heartbeats += 1
+    def _beat_by_frames(self, beat: bytes, go_on: Callable[[], bool]) -> int | None:
+        if self._fanout is None:
+            return 0
+        sent = self._fanout.transmit(beat) if any(self._by_frames.values()) else 0
+        live = self._fanout.beat(beat, go_on) if len(self._live) else 0
+        return None if live is None else sent + live
+
+    def _beaten(self, count: int, size: int) -> None:
+        self._accounts.heartbeats += count
+        self._bytes_sent += count * size
 
     def _send_one(self, address: Address, data: bytes) -> bool:
         """Now or not at all."""
@@ -250,6 +236,8 @@ class UdpDelivery:
             actions = leases.want(message.token, message.tier, owner, message.address, message.peer, self._clock())
         elif isinstance(message, Ended):
             actions = leases.end(message.token)
+        elif isinstance(message, Unheard):
+            actions = leases.give_up(message.token)
         elif isinstance(message, Began):
             actions = leases.end_all_of(owner)
         else:
@@ -309,7 +297,6 @@ class UdpDelivery:
             rung = self._fanout.join(lease.token, lease.address, lease.tier)
         self._place(subscriber, rung)
         self._make_up(subscriber)
-        self._heartbeats.add(subscriber)
         self._accounts.accepted += 1
         self._ledgers[lease.tier].accounts.subscribers += 1
         self._links[lease.owner].send(Active(lease.token, first))
@@ -318,7 +305,6 @@ class UdpDelivery:
         """Nothing is sent there any more."""
         lease = subscriber.lease
         del self._subscribers[lease.token]
-        subscriber.closed = True
         self._take_off(subscriber)
         if self._fanout is not None:
             self._fanout.leave(lease.token)
@@ -344,6 +330,7 @@ class UdpDelivery:
         elif rung is Rung.AF_XDP:
             self._by_frames[subscriber.lease.tier] += 1
         else:
+            self._live.add(subscriber)
             self._count_live(subscriber.lease.tier, 1)
 
     def _take_off(self, subscriber: _Subscriber) -> None:
@@ -353,6 +340,7 @@ class UdpDelivery:
         elif subscriber.rung is Rung.AF_XDP:
             self._by_frames[subscriber.lease.tier] -= 1
         else:
+            self._live.remove(subscriber)
             self._count_live(subscriber.lease.tier, -1)
 
     def _count_live(self, tier: Tier, change: int) -> None:

@@ -23,7 +23,7 @@ from xdp.fanout_run import FanoutRun
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
     from sprint.addresses import Address
     from sprint.events import Want
@@ -124,8 +124,10 @@ class RelayFanout:
         """It asks nobody."""
 
     def account(self) -> None:
-        """Bring the accounts up to date."""
+        """Bring the accounts up to date, and try again where it had failed, if the worker has seen it mended."""
         self._look_ns = 0
+        if self._run is not None:
+            self._run.recover()
         self._settle()
         self._show()
 
@@ -237,6 +239,10 @@ class WorkerFanout:
     def transmit(self, payload: bytes) -> int:
         """To everybody on the second rung, enterprise first: how many the kernel took."""
         return self._egress.transmit(payload)
+
+    def beat(self, payload: bytes, go_on: Callable[[], bool]) -> int | None:
+        """To everybody on the first rung, by a run of this process's own: how many drivers took it; None: it can't."""
+        return self._egress.beat(payload, go_on)
 
     def look(self, now_ns: int) -> list[tuple[bytes, Rung]]:
         """What has changed: who is served by another rung than before. To be called each second, too."""

@@ -1,7 +1,7 @@
 """Who gets records by UDP: every subscription from its wish to its end. Pure: values and `now` in, actions out.
 
     WANTED ── echo of a cookie, from the address it was sent to ──► ACTIVE ── no keep-alive for LEASE_NS ──► WANTED
-                                                                      │
+                                                                      │       or it says that it hears nothing
     an ACTIVE one whose keep-alive comes from elsewhere is challenged there, and moves with the echo from there
 
 The token names a subscription and comes over TCP; the cookie proves an address and comes by UDP; an echo has both. So
@@ -159,6 +159,11 @@ class Leases:
             return []
         self._unproven.pop(token, None)
         return self._stop(lease, UdpReason.NONE)
+
+    def give_up(self, token: bytes) -> list[Action]:
+        """Its subscriber hears nothing: it is as good as unproven again."""
+        lease = self._leases.get(token)
+        return [] if lease is None else self._stop(lease, UdpReason.UNHEARD)
 
     def end_all_of(self, owner: int) -> list[Action]:
         """A stream worker has begun anew: its sessions are gone."""

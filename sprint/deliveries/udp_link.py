@@ -51,6 +51,13 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Unheard:
+    """Its subscriber says that nothing arrives: send nothing until it proves an address anew."""
+
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Active:
     """Its address is proven: every record from `first` on is sent there."""
 
@@ -66,7 +73,7 @@ class Inactive:
     reason: UdpReason
 
 
-Message = Began | Wanted | Ended | Active | Inactive
+Message = Began | Wanted | Ended | Unheard | Active | Inactive
 
 
 def encode(message: Message) -> bytes:
@@ -80,6 +87,8 @@ def encode(message: Message) -> bytes:
         said = ["active", token, message.first]
     elif isinstance(message, Inactive):
         said = ["inactive", token, int(message.reason)]
+    elif isinstance(message, Unheard):
+        said = ["unheard", token]
     else:
         said = ["ended", token]
     return json.dumps(said).encode()
@@ -97,6 +106,8 @@ def decode(data: bytes) -> Message:
         return Active(token, said[1])
     if kind == "inactive":
         return Inactive(token, UdpReason(said[1]))
+    if kind == "unheard":
+        return Unheard(token)
     if kind == "ended":
         return Ended(token)
     raise ValueError(f"message {kind!r} between stream and UDP workers: unknown")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from xdp.sendmmsg import Multisend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sprint.addresses import Address
 
@@ -96,15 +96,19 @@ class Batches:
 
     def send(self, data: bytes) -> list[Run]:
         """To all, batch after batch; raises for nobody's address."""
-        runs = []
-        for number, batch in enumerate(self._ready):
-            multisend = batch
+        return list(self.parts(data))
+
+    def parts(self, data: bytes) -> Iterator[Run]:
+        """As send(), one batch at each step; between two of them there may be joins and leaves."""
+        number = 0
+        while number < len(self._ready):
+            multisend = self._ready[number]
             if multisend is None:
                 multisend = self._ready[number] = self._made(number)
             started_ns = self._clock()
             done = multisend.send(self._sock, data)
-            runs.append(Run(done.sent, len(multisend) - done.sent, started_ns, self._clock()))
-        return runs
+            yield Run(done.sent, len(multisend) - done.sent, started_ns, self._clock())
+            number += 1
 
     def _made(self, number: int) -> Multisend:
         batch = self._targets[number * BATCH : (number + 1) * BATCH]

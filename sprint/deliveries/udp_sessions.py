@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from sprint.addresses import Address
 from sprint.datagrams import TOKEN_SIZE
 from sprint.deliveries.hello import HUNG_UP, Refusal, UdpOffer
-from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Wanted
+from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Unheard, Wanted
 from sprint.frames import UdpChange, UdpReason, UdpState, udp_frame
 from sprint.tiers import Tier
 
@@ -104,6 +104,12 @@ class UdpSessions:
             if subscriber.idle:
                 self.caught_up(subscriber)
 
+    def give_up(self, subscriber: Subscriber) -> None:
+        """It says that no datagram reaches it: its records come over TCP again, at once."""
+        if subscriber.udp is not None and subscriber.udp.first:
+            self._link.send(Unheard(subscriber.udp.wanted.token))
+            self._inactive(subscriber, UdpReason.UNHEARD)
+
     def end(self, subscriber: Subscriber) -> None:
         """Its connection is over."""
         if subscriber.udp is not None:
@@ -124,6 +130,8 @@ class UdpSessions:
             if subscriber.idle:
                 self.caught_up(subscriber)
         elif isinstance(message, Inactive):
+            if message.reason is UdpReason.UNHEARD and not subscriber.udp.first:
+                return  # as it was told already, unless UDP has become active in between
             self._inactive(subscriber, message.reason)
 
     def _began(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,7 @@ from tests.net import packets
 from tests.net.conftest import REGTEST_MAGIC, REGTEST_PORT
 from tests.net.packets import ANNOUNCEMENTS, OTHERS, Announcement, Wire, from_peer, ipv4, ipv6
 from xdp import kernel, loader
+from xdp.frames import parse_frame
 from xdp.ringbuf import RingBuffer
 
 if TYPE_CHECKING:
@@ -490,6 +492,89 @@ def test_a_packet_cut_short_anywhere_passes_and_is_not_read_beyond_its_end(bench
     assert bench.classify(whole).captured
 
 
+# ── what is remembered of a flow ──
+
+
+def on_cpu(bench: Bench, cpu: int, packet: bytes) -> list[Captured]:
+    """What is captured of a packet that comes in there."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        return bench.all([packet])
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_the_message_behind_a_long_body_is_found_however_much_of_that_was_passed_by(bench: Bench) -> None:
+    wire = Wire(sequence=0xFFF00000)
+    stream = packets.block(3_000_000) + packets.headers() + packets.block(400_000) + packets.cmpctblock()
+    coverage = Coverage(stream, wire.sequence)
+    coverage.add(bench.all([wire.syn(), *wire.cut(stream, 1448)]))
+    for at in (0, 3_000_024, 3_000_024 + len(packets.headers()), len(stream) - len(packets.cmpctblock())):
+        assert coverage.has(at, at + len(packets.headers())), at
+    assert bench.counts("announcements", "surplus") == (4, 0)
+    assert bench.counts("segments") == (-(-len(stream) // 1448),)
+
+
+def test_of_a_flow_that_is_remembered_a_segment_that_begins_with_the_magic_is_captured(bench: Bench) -> None:
+    wire = Wire()
+    body = packets.block(200_000)
+    bench.all([wire.syn(), *wire.cut(body[:50_000], 1448)])
+    assert not bench.all([wire.at(wire.sequence, packets.filler(1448))])
+    (found,) = bench.all([wire.at(wire.sequence, packets.headers())])
+    assert found.reasons == BEGINS | ANNOUNCED
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_what_one_cpu_remembers_of_a_forged_length_is_forgotten_when_another_sees_it_contradicted(
+    bench: Bench,
+) -> None:
+    here, there = sorted(os.sched_getaffinity(0))[:2]
+    wire = Wire()
+    inside = packets.message("tx", packets.filler(2000)) + packets.headers()
+    for packet in (wire.syn(), wire.send(packets.message("verack")), wire.at(wire.sequence, FORGED[0][1])):
+        on_cpu(bench, here, packet)
+    assert not on_cpu(bench, here, wire.at(wire.sequence + 24, packets.filler(100)))
+    assert not on_cpu(bench, here, wire.at(wire.sequence + 124, packets.filler(100)))
+    assert on_cpu(bench, there, wire.send(inside[:1000]))
+    assert not on_cpu(bench, here, wire.send(inside[1000:1500]))
+    (found,) = on_cpu(bench, here, wire.send(inside[1500:]))
+    assert found.payload.startswith(packets.headers())
+
+
+def test_another_connection_by_the_same_ports_is_not_taken_for_the_body_of_the_last(bench: Bench) -> None:
+    wire = Wire(sequence=1000)
+    bench.all([wire.syn(), *wire.cut(packets.block(1_000_000)[:30_000], 1448)])
+    anew = Wire(sequence=wire.sequence + 5000)
+    stream = packets.message("ping", bytes(8)) + packets.headers()
+    found = bench.all([anew.syn(), anew.send(stream[:20]), anew.send(stream[20:])])
+    assert found[-1].payload.endswith(packets.headers())
+
+
+def test_other_flows_are_not_taken_for_one_that_is_remembered(bench: Bench) -> None:
+    wire = Wire()
+    bench.all([wire.syn(), *wire.cut(packets.block(1_000_000)[:30_000], 1448)])
+    for headers in (
+        ipv4() / from_peer(dport=40000 + 64),
+        ipv4(id=7) / from_peer(dport=40000, sport=REGTEST_PORT + 64),
+        ipv6() / from_peer(),
+    ):
+        other = Wire(headers, sequence=wire.sequence)
+        bench.loaded.watch([REGTEST_PORT, REGTEST_PORT + 64])
+        (found,) = bench.all([other.send(packets.filler(500))])
+        assert found.reasons == UNPLACED
+
+
+def test_parts_of_a_long_body_that_come_after_the_next_message_are_no_surplus(bench: Bench) -> None:
+    wire = Wire()
+    syn, body, behind = wire.syn(), packets.block(100_000), packets.message("ping", bytes(8)) * 3
+    segments = wire.cut(body + behind + behind, 1448)
+    late = segments[20:30]
+    found = bench.all([syn, *segments[:20], *segments[30:], *late, wire.send(packets.headers())])
+    assert [one.reasons for one in found] == [ANNOUNCED, ANNOUNCED]
+    assert bench.counts("surplus") == (0,)
+
+
 # ── flows that can't be read ──
 
 
@@ -587,6 +672,43 @@ def test_noise_on_the_mirror_link_is_dropped(bench: Bench) -> None:
             packet = packets.raw(shape.headers, ANNOUNCED_HEADERS)
             assert kernel.run_program(bench.loaded.programs["to_xsk"], packet).verdict == XDP_DROP
     assert bench.counts("redirected", "unredirected") == (0, 0)
+
+
+JOINED = bytes(176) + struct.pack("=I", 1448) + bytes(12)
+"""struct __sk_buff of what GRO has joined: gso_size is set."""
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[8]], ids=lambda shape: shape.description)
+def test_a_clone_that_gro_had_joined_is_shortened_to_what_is_needed(bench: Bench, shape: Shape) -> None:
+    wire = Wire(shape.headers)
+    before = packets.message("tx", packets.filler(700))
+    packet = wire.at(wire.sequence, before + packets.block(5000)[:2000])
+    bench.all([wire.syn()])
+    (entry,) = bench.all([packet])
+    shorten = bench.loaded.programs["shorten"]
+    run = kernel.run_program(shorten, packet, context=JOINED)
+    assert run.verdict == TC_ACT_UNSPEC
+    assert len(run.data) == len(packet) - len(before) - 2000 + packets.PREFIX
+    segment = parse_frame(memoryview(run.data))
+    assert segment is not None
+    assert (segment.sequence, bytes(segment.payload)) == (entry.sequence, packets.block(5000)[: packets.PREFIX])
+    assert (segment.flow.source, segment.flow.destination_port) == (entry.fields["flow.source"], 40000)
+    assert bench.counts("shortened") == (1,)
+    redirected = kernel.run_program(
+        bench.loaded.programs["to_xsk"], run.data, context=kernel.XDP_MD.pack(0, len(run.data), 0, 0, 0, 0)
+    )
+    stamp = LAYOUTS["mirror_stamp"].unpack(redirected.data)
+    assert stamp == {"arrival_ns": entry.fields["arrival_ns"], "skipped": 0, "mark": CONSTANTS["MARK"]}
+
+
+def test_a_clone_of_one_packet_and_one_that_was_not_captured_stay_as_they_are(bench: Bench) -> None:
+    wire = Wire()
+    captured, other = wire.send(packets.block(1200)), wire.send(packets.block(1200))
+    bench.all([wire.syn(), captured])
+    shorten = bench.loaded.programs["shorten"]
+    assert kernel.run_program(shorten, captured).data == captured
+    assert kernel.run_program(shorten, other, context=JOINED).data == other
+    assert bench.counts("shortened") == (0,)
 
 
 # ── loading ──

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,21 +14,20 @@ from sprint.seats import private_seats
 from sprint.tiers import NS_PER_S, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 MADE_S = 1_000_000_000
 
 
-class Loop(asyncio.BaseEventLoop):
-    """Keeps what is to be called later, for the test to call."""
+class Loop:
+    """Keeps what is to be called later, for the test to call; all of a loop that keep_checking() needs."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.pause_s = -1.0
         self._next: tuple[Callable[..., object], tuple[Any, ...]]
 
-    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
         self.pause_s = delay
         self._next = callback, args
 
@@ -49,17 +47,15 @@ class Log:
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop()
-    yield made
-    made.close()
+def loop() -> Any:
+    return Loop()
 
 
 def gate_of(tmp_path: Path) -> Admission:
     return Admission(Tier.TURBO, KeyBook(tmp_path / FILE_NAME), private_seats())
 
 
-def test_a_file_that_can_not_be_read_is_told_once_and_so_is_that_it_can_again(tmp_path: Path, loop: Loop) -> None:
+def test_a_file_that_can_not_be_read_is_told_once_and_so_is_that_it_can_again(tmp_path: Path, loop: Any) -> None:
     path, log = tmp_path / FILE_NAME, Log()
     with KeyStore(path):
         good = path.read_bytes()
@@ -75,7 +71,7 @@ def test_a_file_that_can_not_be_read_is_told_once_and_so_is_that_it_can_again(tm
         assert log.lines == said
 
 
-def test_an_instants_trouble_is_not_told(tmp_path: Path, loop: Loop) -> None:
+def test_an_instants_trouble_is_not_told(tmp_path: Path, loop: Any) -> None:
     path, log = tmp_path / FILE_NAME, Log()
     with KeyStore(path):
         good = path.read_bytes()
@@ -87,7 +83,7 @@ def test_an_instants_trouble_is_not_told(tmp_path: Path, loop: Loop) -> None:
     assert log.lines == []
 
 
-def test_a_check_that_fails_is_followed_by_the_next_one(tmp_path: Path, loop: Loop) -> None:
+def test_a_check_that_fails_is_followed_by_the_next_one(tmp_path: Path, loop: Any) -> None:
     gate = gate_of(tmp_path)
     ended: list[str] = []
 
@@ -108,7 +104,7 @@ def test_a_check_that_fails_is_followed_by_the_next_one(tmp_path: Path, loop: Lo
     assert ended == ["other"]
 
 
-def test_while_there_is_more_to_end_the_next_check_comes_at_once(tmp_path: Path, loop: Loop) -> None:
+def test_while_there_is_more_to_end_the_next_check_comes_at_once(tmp_path: Path, loop: Any) -> None:
     gate = gate_of(tmp_path)
     with KeyStore(tmp_path / FILE_NAME) as store:
         key = store.create("acme", Tier.TURBO, MADE_S, connections=2 * ENDS_A_TURN)

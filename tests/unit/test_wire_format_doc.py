@@ -18,6 +18,7 @@ from sprint.deliveries.requests import (
     MAX_RESEND,
     REQUEST_BURST,
     REQUESTS_PER_S,
+    GiveUp,
     read_request,
 )
 from sprint.deliveries.stream import HELLO_TIMEOUT_NS, STALL_TIMEOUT_NS
@@ -77,7 +78,7 @@ def test_every_example_on_the_page_is_checked_here() -> None:
         ("hex", "record"), ("hex", "record-frame-head"), ("hex", "lost"), ("hex", "heartbeat"), ("hex", "udp"),
         ("json", "hello"), ("json", "welcome"), ("json", "refusal"), ("json", "resend"), ("json", "welcome-udp"),
         ("json", "record"), ("json", "lost"), ("json", "heartbeat"), ("json", "udp"),
-        ("hex", "challenge"), ("hex", "echo"), ("hex", "keep-alive"), ("hex", "udp-heartbeat"),
+        ("hex", "challenge"), ("hex", "echo"), ("hex", "keep-alive"), ("hex", "udp-heartbeat"), ("json", "give-up"),
     }  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def test_the_reasons_on_the_page_have_their_numbers() -> None:
 
 def test_the_bounds_of_udp_on_the_page_are_the_code_s() -> None:
     assert read_request(line("resend").strip()) == (6, 3)
+    assert read_request(line("give-up").strip()) == GiveUp()
     assert f"`count` is 1 to {MAX_RESEND}" in PAGE
     assert f"at most {MAX_REQUEST} bytes each" in PAGE
     assert f"{REQUEST_BURST} requests may come at once and {REQUESTS_PER_S} a second" in PAGE

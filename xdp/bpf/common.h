@@ -15,6 +15,7 @@
 #define EXPRESS_PAYLOAD 16384 /* captured of one segment at most: GRO hands on up to 64 KiB, per-CPU memory ends at 32 */
 #define MIRROR_FRAME 3512     /* what the mirror link carries in one piece: links.MIRROR_MTU and Ethernet's 14 bytes */
 #define XSKS 16
+#define LONG_BODY 16384       /* a message of as much is remembered beyond its end: TCP may bring parts of it later */
 #define PLACES 64             /* flows whose next bytes a CPU remembers to be of no interest; a power of two */
 #define PLACE_BYTES 262144    /* so far at most, whatever a length says: then the flow is looked up again */
 
@@ -81,6 +82,8 @@ struct track {
     u32 last;      /* where the last header began */
     u32 want_from; /* of the announcement being captured; equal to want_to: none is */
     u32 want_to;
+    u32 body_from; /* of the last long body, what nobody wants of it: there its retransmitted segments belong */
+    u32 body_to;
     u8 valid;
     u8 have;   /* bytes of that header that came with earlier segments: in head */
     u8 proven; /* a message header was found by it; it is a guess by SYN until then */

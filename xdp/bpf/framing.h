@@ -60,6 +60,10 @@ static __always_inline u32 take_header(struct view *v, struct work *w, struct tr
         want(w, body < HEADER_SIZE ? 0 : body - HEADER_SIZE, body + wanted, CAPTURED_ANNOUNCEMENT);
         w->announcements += 1;
     }
+    if (length - wanted >= LONG_BODY) {
+        t->body_from = w->sequence + body + wanted;
+        t->body_to = w->sequence + body + length;
+    }
     return body + length;
 }
 
@@ -151,6 +155,8 @@ static __always_inline void try_track(struct view *v, struct work *w, struct flo
     s32 from = t->want_from - sequence, to = t->want_to - sequence, ahead = t->next - sequence;
     if (from < to && to > 0 && from < (s32)length)
         want(w, from < 0 ? 0 : from, to, CAPTURED_CONTINUED);
+    if (t->proven && (s32)(sequence - t->body_from) >= 0 && (s32)(t->body_to - sequence) >= (s32)length)
+        w->placed = 1; /* in a long body, whatever came since */
     /* A header's beginning that is in this segment too is taken from here. */
     if (t->have && ahead >= t->have && ahead - t->have < (s32)length) {
         ahead -= t->have;

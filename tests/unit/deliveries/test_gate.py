@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -154,6 +155,43 @@ def test_a_key_of_any_length_is_refused_and_nobody_is_kept(tmp_path: Path, lengt
             assert await other.read()
 
     run(test())
+
+
+def test_a_new_key_is_accepted_though_the_file_is_being_changed_when_it_comes(store: KeyStore, tmp_path: Path) -> None:
+    gate = gate_of(tmp_path)
+    key = store.create("new", Tier.TURBO, MADE_S, connections=1)
+    operator = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
+    operator.execute("BEGIN EXCLUSIVE")
+
+    async def test() -> None:
+        async with serving(gate=gate) as server:
+            new, gone = await ask(server, key), await ask(server, key)
+            joined = await server.join()
+            assert joined.welcome["tier"] == "free"
+            assert gate.reason is not None
+            gone.sock.close()
+            operator.execute("ROLLBACK")
+            assert json.loads(await new.line())["tier"] == "turbo"
+            assert gate.denied == 0
+
+    try:
+        run(test())
+    finally:
+        operator.close()
+
+
+def test_who_asks_while_the_file_stays_locked_is_not_accepted(store: KeyStore, tmp_path: Path) -> None:
+    gate = gate_of(tmp_path)
+    with sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None) as operator:
+        operator.execute("BEGIN EXCLUSIVE")
+
+        async def test() -> None:
+            async with serving(gate=gate, hello_timeout_ns=300_000_000) as server:
+                assert json.loads(await (await ask(server, "bad")).line()) == {"error": "not accepted"}
+
+        run(test())
+        operator.execute("ROLLBACK")
+    operator.close()
 
 
 def test_what_shows_a_hello_shows_no_key() -> None:
