@@ -33,7 +33,7 @@ from sprint.sources.zmq import ZmqSource
 from sprint.status import DELIVERIES, STEPS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sprint.broadcaster import Publishes
     from sprint.chain import HeaderChain
@@ -114,7 +114,7 @@ class RelayProcess:
             freeze_gc=True,
             spin=True,
         )
-        rehearsal = self._rehearsal()
+        rehearsal = self._rehearsal(fanout[0].rehearse if fanout else None)
         with Optimizations(plan) as optimizations:
             steps = optimizations.steps
             self._show_steps(steps)
@@ -133,9 +133,9 @@ class RelayProcess:
             height=noted.tip_height,
         )
 
-    def _rehearsal(self) -> Rehearsal | None:
+    def _rehearsal(self, deliver: Callable[[], None] | None) -> Rehearsal | None:
         try:
-            return open_rehearsal(captures=self._bypass is not None)
+            return open_rehearsal(captures=self._bypass is not None, deliver=deliver)
         except (HostError, OSError) as error:  # a cold path is still a path
             self._log.warning("The path is not kept warm", reason=str(error))
             return None
@@ -202,8 +202,8 @@ class RelayProcess:
         ]
 
 
-def open_rehearsal(*, captures: bool = False) -> Rehearsal:
-    """A rehearsal over a loopback connection of our own; `captures`: and of a capture."""
+def open_rehearsal(*, captures: bool = False, deliver: Callable[[], None] | None = None) -> Rehearsal:
+    """A rehearsal over a loopback connection of our own; `captures`: and of a capture; `deliver`: as Rehearsal's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         upstream = Upstream(Address("127.0.0.1", port), NETWORKS["regtest"], secrets.randbits(64), lambda: 0)
@@ -212,7 +212,7 @@ def open_rehearsal(*, captures: bool = False) -> Rehearsal:
         theirs, _ = listener.accept()
     theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if not captures:
-        return Rehearsal(upstream, theirs)
+        return Rehearsal(upstream, theirs, deliver=deliver)
     from sprint.sources.capture import Overheard  # noqa: PLC0415 - only where it is wanted: it brings the BPF loader
 
-    return Rehearsal(upstream, theirs, Overheard())
+    return Rehearsal(upstream, theirs, Overheard(), deliver)

@@ -259,7 +259,7 @@ class Settings(BaseModel):
     )
     data_dir: Annotated[Path, BeforeValidator(_path)] | None = Field(
         None,
-        description="Where headers are kept.",
+        description="Where headers and subscribers' keys are kept.",
         examples=["/var/lib/sprint as root, else $XDG_DATA_HOME/sprint"],
     )
     log_format: Annotated[str, BeforeValidator(_log_format)] = Field(

@@ -193,10 +193,14 @@ class FanoutRun:
         return True
 
     def rehearse(self) -> None:
-        """Run the way of a publication and send nothing: one frame to an entry that nobody has, which is dropped."""
+        """Go the way of a publication and send nothing: one frame to an entry that there isn't, which is dropped.
+
+        That alone decides how soon the first frame leaves after a pause. Changes no step, and no count.
+        """
         lane = self._lanes[0]
         lane.prepare(_PROBE_PAYLOAD, place=0, stride=1, count=1, first=0, ipv6=False, direct=ENTRIES + 1)
         lane.run(0, 0)
+        lane.result()
 
     def restore(self) -> None:
         """Back to live frames, after what had failed was mended."""

@@ -149,12 +149,9 @@ class Stage:
         """The contract's summary."""
         status = self.relay.ask("turbo-status")
         deadline = time.monotonic() + COUNTERS_TIMEOUT_S
-        while status["kernelBypass"]["active"] and time.monotonic() < deadline:
-            # Its counters reach the status a few times a second.
+        while not self._counted(status["kernelBypass"]) and time.monotonic() < deadline:
+            time.sleep(0.05)  # its counters reach the status a few times a second
             status = self.relay.ask("turbo-status")
-            if status["kernelBypass"]["ingest"]["announcements"] >= len(self.score.mined):
-                break
-            time.sleep(0.05)
         blocks = self.relay.ask("blocks?limit=64")["blocks"]
         return {
             "tier": status["tier"],
@@ -165,6 +162,12 @@ class Stage:
             "captured_first": sum(block["source"] == "capture" for block in blocks),
             "kernelBypass": status["kernelBypass"],
         }
+
+    def _counted(self, bypass: dict[str, Any]) -> bool:
+        """Whether what must have happened by now stands in the status: every block was captured and sent to each."""
+        mined, egress = len(self.score.mined), bypass["egress"]
+        captured = not bypass["active"] or bypass["ingest"]["announcements"] >= mined
+        return captured and egress["sent"] + egress["dropped"] >= egress["subscribers"] * mined
 
     @property
     def expected(self) -> int:

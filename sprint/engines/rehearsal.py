@@ -25,6 +25,7 @@ from sprint.ring import Ring, RingWriter, size_for
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
     from typing import Protocol
 
     from sprint.sources import Heard
@@ -67,8 +68,15 @@ _PEER = "rehearsal"
 class Rehearsal:
     """A scratch relay and the announcements to feed it. perform() takes about as long as a real block does."""
 
-    def __init__(self, upstream: Listens, theirs: socket.socket, overhears: Overhears | None = None) -> None:
-        """`upstream` is connecting, on regtest, to `theirs`; `overhears`: if there is a capture to be kept warm too.
+    def __init__(
+        self,
+        upstream: Listens,
+        theirs: socket.socket,
+        overhears: Overhears | None = None,
+        deliver: Callable[[], None] | None = None,
+    ) -> None:
+        """`upstream` is connecting, on regtest, to `theirs`; `overhears`: if there is a capture to be kept warm too;
+        `deliver` rehearses what else is done with a record in this process.
 
         Raises HostError when the handshake fails.
         """
@@ -76,6 +84,7 @@ class Rehearsal:
         self._upstream = upstream
         self._theirs = theirs
         self._overhears = overhears
+        self._deliver = deliver
         self._buffer = memoryview(bytearray(_BUFFER_SIZE))
         blocks = RegtestChain().extend(BLOCKS, int(time.time()))
         self._frames = [encode_frame(network.magic, "cmpctblock", block.compact(0).encode()) for block in blocks]
@@ -114,6 +123,8 @@ class Rehearsal:
                 for block in self._relay.offer(heard, now_ns, time.time_ns()):
                     self._broadcaster.write(block)
                     self._broadcaster.wake()
+                    if self._deliver is not None:
+                        self._deliver()
                     self.performed += 1
         self._channel.drain()
         self._relay.take_journal()

@@ -63,7 +63,8 @@ def test_trying_everything_leaves_no_link_no_descriptor_and_no_thread() -> None:
     probe_all()
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     probe_all()
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (descriptors, threads)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert threading.active_count() <= threads  # on a very slow machine the first time ran out, and its thread goes on
     assert not {"near", "far"} & {each.name for each in interfaces()}
 
 

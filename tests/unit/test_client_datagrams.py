@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from sprint.addresses import Address
 from sprint.bitcoin.networks import REGTEST
-from sprint.client_datagrams import AHEAD, FIRST_KEEP_ALIVE_NS, GRACE_NS, KEEP_ALIVE_NS, MAX_REQUESTS, DatagramProtocol
+from sprint.client_datagrams import (
+    AHEAD,
+    FIRST_KEEP_ALIVE_NS,
+    GRACE_NS,
+    KEEP_ALIVE_NS,
+    MAX_REPAIRED,
+    MAX_REQUESTS,
+    MAX_UNHEARD,
+    RETREAT_NS,
+    DatagramProtocol,
+)
 from sprint.datagrams import COOKIE_SIZE, TOKEN_SIZE, Beat, Challenge, Echo, KeepAlive
 from sprint.errors import RemoteProtocolError
 from sprint.events import Lapped
@@ -45,8 +55,9 @@ def active(following: int = 5, now_ns: int = 0, **options: Any) -> DatagramProto
 
 
 def asked(protocol: DatagramProtocol) -> list[tuple[int, int]]:
-    lines = [json.loads(line)["resend"] for line in protocol.data_to_send().splitlines()]
-    return [(line["first"], line["count"]) for line in lines]
+    """What it asks for again; whether it gives UDP up is asked elsewhere."""
+    said = [json.loads(line) for line in protocol.data_to_send().splitlines()]
+    return [(line["resend"]["first"], line["resend"]["count"]) for line in said if "resend" in line]
 
 
 def test_the_hello_names_the_port_and_the_answer_tells_where_the_server_is() -> None:
@@ -230,6 +241,62 @@ def test_another_session_begins_anew() -> None:
     assert json.loads(protocol.connected(2, PORT))["since"] == 1
     items = protocol.receive(welcome(2, session=2) + frame(record(1, session=2)), 2)
     assert items[1:] == [record(1, session=2)]
+
+
+GIVE_UP = b'{"udp":false}\n'
+
+
+def test_when_several_heartbeats_come_and_no_datagram_records_are_wanted_over_tcp_and_udp_again_a_minute_later() -> (
+    None
+):
+    protocol = active(5)
+    for second in range(1, MAX_UNHEARD):
+        protocol.receive(frame(Heartbeat(SESSION, 4, 0)), second * SECOND)
+    assert protocol.data_to_send() == b""
+    now = MAX_UNHEARD * SECOND
+    protocol.receive(frame(Heartbeat(SESSION, 4, 0)), now)
+    assert protocol.data_to_send() == GIVE_UP
+    protocol.receive(change(UdpState.INACTIVE, 5, UdpReason.UNHEARD), now)
+    assert not protocol.active
+    for _ in range(2 * MAX_UNHEARD):
+        now += SECOND
+        protocol.receive(frame(Heartbeat(SESSION, 4, 0)), now)
+    assert protocol.data_to_send() == b""
+    protocol.datagrams_to_send()
+    protocol.receive(frame(Heartbeat(SESSION, 4, 0)), MAX_UNHEARD * SECOND + RETREAT_NS - 1)
+    protocol.on_timer(MAX_UNHEARD * SECOND + RETREAT_NS - 1)
+    assert protocol.datagrams_to_send() == []
+    protocol.on_timer(MAX_UNHEARD * SECOND + RETREAT_NS)
+    assert protocol.datagrams_to_send() == [KeepAlive(TOKEN).encode()]
+
+
+def test_whoever_hears_datagrams_or_slept_over_several_heartbeats_gives_nothing_up() -> None:
+    protocol = active(5)
+    for second in range(1, 3 * MAX_UNHEARD):
+        if second % (MAX_UNHEARD - 1) == 0:
+            protocol.receive_datagram(Beat(SESSION, 4, 0).encode(), second * SECOND)
+        protocol.receive(frame(Heartbeat(SESSION, 4, 0)), second * SECOND)
+    protocol.receive(frame(Heartbeat(SESSION, 4, 0)) * 2 * MAX_UNHEARD, 3 * MAX_UNHEARD * SECOND)
+    assert protocol.data_to_send() == b""
+
+
+def test_when_tcp_fills_one_gap_after_the_other_and_only_heartbeats_come_by_datagram_udp_is_given_up() -> None:
+    protocol = active(5)
+
+    def gap(sequence: int) -> bytes:
+        now = sequence * SECOND
+        protocol.receive_datagram(Beat(SESSION, sequence, 0).encode(), now)
+        protocol.on_timer(now + GRACE_NS)
+        said = protocol.data_to_send()
+        protocol.receive(frame(record(sequence)), now + GRACE_NS)
+        return said
+
+    for sequence in range(5, 4 + MAX_REPAIRED):
+        assert GIVE_UP not in gap(sequence)
+    protocol.receive_datagram(record(4 + MAX_REPAIRED).encode(), 9 * SECOND)  # one that comes: all is well
+    for sequence in range(5 + MAX_REPAIRED, 4 + 2 * MAX_REPAIRED):
+        assert GIVE_UP not in gap(sequence)
+    assert GIVE_UP in gap(4 + 2 * MAX_REPAIRED)
 
 
 @pytest.mark.parametrize("bad", [":", "nowhere", ":99999", ""])
