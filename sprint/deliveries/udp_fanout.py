@@ -4,6 +4,9 @@ RelayFanout makes the calls, right after the record is in the ring. WorkerFanout
 on the best rung that leads to him (live frames, AF_XDP, or a plain socket), and may change it whenever routes,
 neighbours or interfaces do. Both take what the bypass's process hands over, when it does, and give it back when it has
 ended.
+
+The relay sends from its own CPU alone. A FanoutRun can use a second one; in the product of two CPUs that one has the
+delivery workers, and with it enterprise's last frame left later, turbo's hardly sooner (docs/kernel-bypass.md).
 """
 
 from __future__ import annotations

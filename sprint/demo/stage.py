@@ -166,8 +166,9 @@ class Stage:
     def _counted(self, bypass: dict[str, Any]) -> bool:
         """Whether what must have happened by now stands in the status: every block was captured and sent to each."""
         mined, egress = len(self.score.mined), bypass["egress"]
-        captured = not bypass["active"] or bypass["ingest"]["announcements"] >= mined
-        return captured and egress["sent"] + egress["dropped"] >= egress["subscribers"] * mined
+        captured: int = bypass["ingest"]["announcements"]
+        told: int = egress["sent"] + egress["dropped"]
+        return (not bypass["active"] or captured >= mined) and told >= egress["subscribers"] * mined
 
     @property
     def expected(self) -> int:

@@ -187,10 +187,27 @@ def test_a_relay_that_steps_down_takes_its_subscribers_with_it_and_comes_back(
         assert egress.transmit(RECORD) == len(PEOPLE)
         assert sorted(arrived(collector, len(PEOPLE))) == DUE
         switch_gro(lan.far, on=True)
-        # A publication after the interface has been proven anew finds that it may try again.
-        watch(egress, steps, lambda: relay.send(RECORD).error == 0 and relay.reason is None)
+        assert not relay.recover()
+        watch(egress, steps, relay.recover)  # it needs no publication to find that it may try again
         watch(egress, steps, lambda: set(steps.values()) == {Step.LIVE_FRAMES})
         assert relay.send(RECORD).transmitted == len(PEOPLE)
+
+
+def test_a_heartbeat_goes_to_all_on_the_first_rung_by_a_run_of_this_side_s_own(
+    relay: FanoutRun, egress: Egress, lan: Cable
+) -> None:
+    steps = all_join(egress)
+    assert egress._run is not None
+    with Collector(lan.far) as collector:
+        assert egress.beat(RECORD, lambda: True) == len(PEOPLE)
+        assert sorted(arrived(collector, len(PEOPLE))) == DUE
+        assert (relay.sent, relay.lost) == (0, 0)
+        switch_gro(lan.far, on=False)
+        for _ in range(SHORT_RUNS - 1):
+            assert egress.beat(RECORD, lambda: True) == 0
+        assert egress.beat(RECORD, lambda: True) is None
+        switch_gro(lan.far, on=True)
+        watch(egress, steps, lambda: egress.beat(RECORD, lambda: True) == len(PEOPLE))
 
 
 def test_without_a_relay_that_makes_runs_nobody_is_on_the_first_rung(

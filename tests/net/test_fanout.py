@@ -24,6 +24,7 @@ from tests.net.subscribers import (
 )
 from tests.net.tiny_bpf import EXIT, XDP, XDP_DROP, Insn, attach_xdp, jump_if_above, load, load_program, mov, mov_reg
 from xdp.fanout_maps import SUBSCRIBERS, Rank, Step
+from xdp.fanout_run import CONSIDERATE_BURST
 from xdp.fanout_table import FanoutTable
 
 if TYPE_CHECKING:
@@ -105,6 +106,37 @@ def test_a_checksum_that_comes_out_as_zero_is_sent_as_all_ones(
 def test_a_payload_of_another_size_is_refused(run: FanoutRun, payload: bytes) -> None:
     with pytest.raises(ValueError, match="1 to 256 are expected"):
         run.send(payload)
+
+
+def test_a_run_that_is_told_to_stop_reaches_the_first_ones_and_loses_nobody(
+    table: FanoutTable, run: FanoutRun, cable: Cable
+) -> None:
+    count = 3 * CONSIDERATE_BURST
+    join(table, cable, count)
+    asked: list[bool] = []
+
+    def go_on() -> bool:
+        asked.append(True)
+        return len(asked) < 2
+
+    with Collector(cable.far) as collector:
+        report = run.send(bytes(28), go_on=go_on)
+        due = list(addresses(count))[: 2 * CONSIDERATE_BURST]
+        assert [(d.destination, d.port) for d in map(read, collector.frames(len(due)))] == due
+        assert (report.attempted, report.transmitted, report.lost) == (len(due), len(due), 0)
+        assert run.send(bytes(28), go_on=lambda: True).transmitted == count
+        assert len(collector.frames(count)) == count
+
+
+def test_a_rehearsal_sends_nothing_and_changes_nothing(table: FanoutTable, run: FanoutRun, cable: Cable) -> None:
+    join(table, cable, 3)
+    payload = os.urandom(RECORD)
+    with Collector(cable.far) as collector:
+        for _ in range(3):
+            run.rehearse()
+            assert run.send(payload).transmitted == 3
+        assert [read(frame).payload for frame in collector.frames(9)] == [payload] * 9
+    assert (run.sent, run.lost, run.step) == (9, 0, Step.LIVE_FRAMES)
 
 
 def test_nobody_there_costs_no_call_and_is_no_loss(table: FanoutTable, run: FanoutRun) -> None:

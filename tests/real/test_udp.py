@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from contextlib import ExitStack, nullcontext
+import socket
+import time
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,11 +16,14 @@ from sprint.addresses import Address, parse_address
 from sprint.client_datagrams import DatagramProtocol
 from sprint.client_retry import Pauses
 from sprint.client_udp import datagram_events
+from sprint.datagrams import CHALLENGE_MAGIC, HEARTBEAT_MAGIC, Challenge, Echo, KeepAlive, from_server
 from sprint.events import Lapped
 from sprint.frames import UdpChange
+from sprint.keys import FILE_NAME, KeyStore
 from sprint.record import Record
+from sprint.tiers import Tier
 from tests.real.children import QUIET, all_processes, kill_and_await, processes
-from tests.real.product import Product
+from tests.real.product import WAIT_TIMEOUT_S, Product
 from tests.real.subscribers import EventLog, JsonStream
 
 if TYPE_CHECKING:
@@ -71,6 +77,49 @@ class UdpStream(EventLog):
             lambda told: sum(one["event"] == "udp" and one["state"] == "active" for one in told) >= times,
             f"UDP active, {times} times",
         )
+
+
+class Stubborn:
+    """One who doesn't care that his session is over, and goes on to say by UDP that he is there."""
+
+    def __init__(self, product: Product, key: str, host: str = "127.0.0.1") -> None:
+        """He is in this thread's network namespace, at that address."""
+        stream = parse_address(product.stream)
+        self._datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._datagrams.bind((host, 0))
+        self._datagrams.settimeout(WAIT_TIMEOUT_S)
+        self._tcp = socket.create_connection(stream, WAIT_TIMEOUT_S)
+        hello = {"key": key, "format": "json", "udp": f":{self._datagrams.getsockname()[1]}"}
+        self._tcp.sendall(json.dumps(hello).encode() + b"\n")
+        offer = json.loads(self._tcp.makefile("rb").readline())["udp"]
+        self._token = bytes.fromhex(offer["token"])
+        self._server = (stream.host, parse_address(f"0.0.0.0{offer['address']}").port)
+        challenge = from_server(self.wait_for(CHALLENGE_MAGIC))
+        assert isinstance(challenge, Challenge)
+        self._datagrams.sendto(Echo(self._token, challenge.cookie).encode(), self._server)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tcp.close()
+        self._datagrams.close()
+
+    def wait_for(self, magic: bytes) -> bytes:
+        """The next datagram that begins so."""
+        while not (data := self._datagrams.recv(2048)).startswith(magic):
+            pass
+        return data
+
+    def arrived(self) -> list[bytes]:
+        """What has come by now, after one more keep-alive."""
+        self._datagrams.sendto(KeepAlive(self._token).encode(), self._server)
+        self._datagrams.setblocking(False)
+        came = []
+        with suppress(BlockingIOError):
+            while True:
+                came.append(self._datagrams.recv(2048))
+        return came
 
 
 def udp_row(product: Product, tier: str) -> dict[str, Any]:
@@ -131,6 +180,39 @@ def test_the_standard_engine_serves_udp_too(bcoin: BcoinNode, tmp_path: Path) ->
         assert udp_row(product, "turbo")["subscribers"] == 1
         with JsonStream(product.stream, b'{"format":"json","udp":":9"}\n') as keyless:
             assert "tier free has none" in keyless.answer["error"]
+        assert product.stop() == 0
+
+
+def test_a_key_that_is_revoked_or_expires_gets_no_datagram_more_whatever_its_holder_says(
+    bcoin: BcoinNode, tmp_path: Path
+) -> None:
+    with ExitStack() as stack, Product(tmp_path, bcoin.p2p_address, **QUIET) as product:
+        product.wait_until_healthy()
+        store = stack.enter_context(KeyStore(product.data_dir / FILE_NAME))
+        now_s = int(time.time())
+        keys = [
+            store.create("revoked", Tier.TURBO, now_s, connections=1),
+            store.create("expiring", Tier.TURBO, now_s, connections=1, expires_s=now_s + 4),
+        ]
+        log = stack.enter_context(UdpStream(product.stream, product.key))
+        log.wait_until_active()
+        ending = [stack.enter_context(Stubborn(product, key)) for key in keys]
+        for one in ending:
+            one.wait_for(HEARTBEAT_MAGIC)
+        store.revoke("revoked", int(time.time()))
+        row = product.wait_for(
+            "deliveries",
+            lambda answer: any(
+                one["name"] == "udp" and one["tiers"]["turbo"]["subscribers"] == 1 for one in answer["deliveries"]
+            ),
+            "one subscriber by UDP",
+        )
+        assert row["udp"]["lapsed"] == 0
+        for one in ending:
+            one.arrived()
+        mined = bcoin.mine(1)
+        log.wait_for_hashes("validated", mined)
+        assert [one.arrived() for one in ending] == [[], []]
         assert product.stop() == 0
 
 

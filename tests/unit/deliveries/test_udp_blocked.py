@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from contextlib import closing
+from inspect import getgeneratorlocals
 from typing import TYPE_CHECKING
 
 from sprint.addresses import parse_address
@@ -60,9 +61,7 @@ class Subscriber:
 
 
 def udp_socket_of(subscriber: Subscriber) -> socket.socket:
-    frame = subscriber._events.gi_frame
-    assert frame is not None
-    sock: socket.socket = frame.f_locals["port"].sock
+    sock: socket.socket = getgeneratorlocals(subscriber._events)["port"].sock
     return sock
 
 

@@ -75,6 +75,18 @@ def cookie_in(actions: list[object]) -> bytes:
     return said.cookie
 
 
+def test_one_who_says_that_he_hears_nothing_is_as_good_as_unproven_and_may_prove_his_address_again() -> None:
+    desk = Desk()
+    assert desk.leases.give_up(token(1)) == []
+    desk.prove(1)
+    (action,) = desk.leases.give_up(token(1))
+    assert isinstance(action, Deactivated)
+    assert action.reason is UdpReason.UNHEARD
+    assert desk.leases.active == {}
+    assert desk.leases.give_up(token(1)) == []
+    assert [type(one) for one in desk.echo(1, cookie_in(desk.here(1, HOME)), HOME)] == [Activated]
+
+
 def test_a_lease_lapses_without_keep_alives_and_is_taken_up_again_by_one() -> None:
     desk = Desk()
     (begun,) = desk.prove(1)
