@@ -107,7 +107,11 @@ class RelayFanout:
             self._settle()
 
     def rehearse(self) -> None:
-        """Keep the way of a publication warm, if there is anybody to publish to: 10 µs, and no frame leaves."""
+        """Keep the way of a publication warm, if there is anybody to publish to: some 12 µs, and no frame leaves.
+
+        After three seconds without it the first frame is handed to the driver 112 to 118 µs after the call, with it 27
+        to 30.
+        """
         if self._run is not None and (self._udp.fanout_turbo or self._udp.fanout_enterprise):
             self._run.rehearse()
 

@@ -23,6 +23,7 @@ from scapy.layers.l2 import ARP, Dot1AD, Dot1Q
 from tests.net import packets
 from tests.net.conftest import REGTEST_MAGIC, REGTEST_PORT
 from tests.net.packets import ANNOUNCEMENTS, OTHERS, Announcement, Wire, from_peer, ipv4, ipv6
+from tests.net.slowness import SLOWNESS
 from xdp import kernel, loader
 from xdp.frames import parse_frame
 from xdp.ringbuf import RingBuffer
@@ -745,7 +746,7 @@ def test_what_the_compiler_or_the_verifier_refuses_is_told_in_one_line(
     path = tmp_path / "bad.c"
     path.write_text(f"#include <uapi/linux/bpf.h>\n{source}\n")
     with pytest.raises(loader.LoadError, match=reason) as caught:
-        loader.load_in_child(str(path), {"f": "XDP"}, [], {})
+        loader.load_in_child(str(path), {"f": "XDP"}, [], {}, loader.TIMEOUT_S * SLOWNESS)
     assert "\n" not in str(caught.value)
 
 

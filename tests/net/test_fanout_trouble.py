@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from tests.net.netns import Namespace, veth_pair
+from tests.net.slowness import SLOWNESS
 from tests.net.subscribers import (
     SOURCE_PORT,
     US,
@@ -28,6 +29,7 @@ from xdp.fanout import Fanout, open_fanout
 from xdp.fanout_maps import EGRESS, RUN_CPUS, Rank, Sender, Step
 from xdp.fanout_run import SHORT_RUNS, FanoutRun
 from xdp.fanout_table import FanoutTable, Pacing
+from xdp.loader import TIMEOUT_S
 
 RECORD = 192
 
@@ -224,7 +226,7 @@ def test_a_device_deleted_in_the_middle_loses_only_what_is_behind_it(
 
 
 def test_a_run_without_its_context_says_so_and_steps_down_at_once(launch: Namespace, bpf_loadable: None) -> None:
-    with open_fanout() as fanout, FanoutTable(fanout.handover(), SOURCE_PORT) as table:
+    with open_fanout(TIMEOUT_S * SLOWNESS) as fanout, FanoutTable(fanout.handover(), SOURCE_PORT) as table:
         names = launch.names()
         with FanoutRun(fanout.handover(), Sender.RELAY) as run:
             table.add(NextHop(1, bytes(6), bytes(6), US), US, 9, Rank.FIRST)

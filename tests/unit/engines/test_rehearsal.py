@@ -19,11 +19,12 @@ from sprint.sources.upstream import Upstream
 
 
 def test_each_performance_publishes_one_block_into_a_ring_of_its_own_and_begins_anew_after_the_last() -> None:
-    rehearsal = open_rehearsal()
+    delivered: list[int] = []
+    rehearsal = open_rehearsal(deliver=lambda: delivered.append(rehearsal.performed))
     try:
         for number in range(1, 3 * BLOCKS + 2):
             rehearsal.perform()
-            assert rehearsal.performed == number
+            assert rehearsal.performed == len(delivered) == number
     finally:
         rehearsal.close()
 
