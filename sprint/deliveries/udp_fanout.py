@@ -5,8 +5,10 @@ on the best rung that leads to him (live frames, AF_XDP, or a plain socket), and
 neighbours or interfaces do. Both take what the bypass's process hands over, when it does, and give it back when it has
 ended.
 
-The relay sends from its own CPU alone. A FanoutRun can use a second one; in the product of two CPUs that one has the
-delivery workers, and with it enterprise's last frame left later, turbo's hardly sooner (docs/kernel-bypass.md).
+The relay sends from its own CPU alone. A FanoutRun can use a second one, and with 10,000 subscribers in the product
+the last one's frame was there sooner by it (1.15 instead of 1.6 ms after the announcement), but the first one's and the
+last of enterprise's later (0.15 instead of 0.11, 0.34 instead of 0.26): the second CPU has to be told, and on a host of
+two it is the delivery workers'.
 """
 
 from __future__ import annotations

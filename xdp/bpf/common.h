@@ -45,7 +45,7 @@ struct config {
     u32 wakeup;         /* 1: the ring buffer wakes who sleeps on it; 0: BPF_RB_NO_WAKEUP */
     u32 mirror_ifindex; /* the mirror link's near end; 0: nothing is marked or cloned */
     u32 every_magic;    /* 1: capture every segment that begins with the magic; 0: only where no message was due */
-    u32 epoch;          /* anything else than before: what CPUs remember of flows is forgotten; programs add to it too */
+    u32 epoch;          /* when it changes, CPUs forget what they remember of flows; the programs add to it too */
 };
 
 /* One per CPU. */
