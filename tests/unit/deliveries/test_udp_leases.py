@@ -215,6 +215,7 @@ def test_no_cookie_can_be_made_without_the_key(forged: bytes, bit: int) -> None:
         b'{"resend":{"first":0,"count":1}}', b'{"resend":{"first":1,"count":0}}', b'{"resend":{"first":1,"count":129}}',
         b'{"resend":{"first":true,"count":1}}', b'{"resend":{"first":1,"count":1,"more":1}}', b"[" * MAX_REQUEST,
         b'{"resend":{"first":1,"count":1},"more":1}', b'{"resend":{"first":18446744073709551616,"count":1}}',
+        b'{"udp":true}', b'{"udp":0}', b'{"udp":null}', b'{"udp":false,"more":1}',
     ],
 )  # fmt: skip
 def test_what_asks_for_nothing_that_there_is_counts_as_surplus(line: bytes) -> None:
