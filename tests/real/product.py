@@ -41,6 +41,7 @@ START_TIMEOUT_S = 30.0  # one second here; a loaded two-core machine may take ma
 STOP_TIMEOUT_S = 20.0
 WAIT_TIMEOUT_S = 30.0
 POLL_INTERVAL_S = 0.02
+QUIET_S = 2.0  # nothing has been left to say for so long
 MAX_LOG_LINES = 20_000
 COMMAND = (sys.executable, "-m", "sprint")
 
@@ -190,6 +191,20 @@ class Product:
     def wait_for_tip(self, height: int) -> None:
         """Wait until the API shows this height: the books are written after the deliveries."""
         self.wait_for("health", lambda answer: answer["tip_height"] == height, f"tip height {height}")
+
+    def wait_for_last_sequence(self, least: int) -> int:
+        """The last record's sequence: at least so many, and no further one for a while.
+
+        How many there are isn't known: the memory engine tells of whole blocks, too, as far as it could fetch them.
+        """
+        self.wait_for("health", lambda answer: answer["sequence"] >= least, f"{least} records")
+        last, since = 0, time.monotonic()
+        while time.monotonic() < since + QUIET_S:
+            now = int(self.ask("health")["sequence"])
+            if now != last:
+                last, since = now, time.monotonic()
+            time.sleep(POLL_INTERVAL_S)
+        return last
 
     def wait_for_subscribers(self, count: int) -> None:
         """Wait until so many subscribers are counted."""

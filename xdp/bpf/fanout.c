@@ -19,6 +19,7 @@
 #define DEVICES_MISS 0 /* XDP_ABORTED: no interface of that number */
 /* For the verifier, which wants the bounds of a size compared in 64 bits right before its use (see packet.h). */
 #define FORGET(size) asm volatile("" : "+r"(size))
+#define ONE ({ u64 one = 1; FORGET(one); one; }) /* before Linux 6.8 the verifier learns nothing from `!= 0` */
 
 BPF_F_TABLE("array", u32, struct subscriber, subscribers, ENTRIES, BPF_F_MMAPABLE);
 /* Entries by u32; two to an element, whose size the kernel rounds up to eight bytes. */
@@ -129,7 +130,7 @@ int fanout(struct xdp_md *ctx)
         goto skip;
     offset = write_headers(ctx, to, run, length);
     FORGET(length);
-    if (!offset || length == 0 || length > PAYLOAD_LIMIT || bpf_xdp_store_bytes(ctx, offset, run->payload, length))
+    if (!offset || length < ONE || length > PAYLOAD_LIMIT || bpf_xdp_store_bytes(ctx, offset, run->payload, length))
         goto skip;
     run->attempted += 1;
     if (devices.redirect_map(to->device, DEVICES_MISS) != XDP_REDIRECT)
