@@ -121,10 +121,10 @@ def test_a_revoked_key_ends_a_shared_memory_session_too(bcoin: BcoinNode, tmp_pa
 
 @ENGINES
 def test_a_revoked_key_ends_its_udp_subscriptions_too(bcoin: BcoinNode, tmp_path: Path, engine: str) -> None:
-    with running(tmp_path, bcoin, engine) as product:
+    with running(tmp_path, bcoin, engine) as product, ExitStack() as stack:
         product.wait_until_healthy()
         revoked = sprint_keys(product, "create", "--tier", "turbo", "--name", "revoked")
-        ending, staying = UdpStream(product.stream, revoked), UdpStream(product.stream, product.key)
+        ending, staying = (stack.enter_context(UdpStream(product.stream, key)) for key in (revoked, product.key))
         for stream in (ending, staying):
             stream.wait_until_active()
         assert udp_row(product, "turbo")["subscribers"] == 2

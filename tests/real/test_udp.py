@@ -49,7 +49,7 @@ class _Pauses(Pauses):
 
 
 class UdpStream(EventLog):
-    """A subscriber by sprint.client and UDP; changes of the way are events too."""
+    """A subscriber by sprint.client and UDP; changes of the way are events too. Left, it doesn't connect again."""
 
     def __init__(self, address: str, key: str, namespace: Namespace | None = None) -> None:
         """In that network namespace, or in the test's."""
