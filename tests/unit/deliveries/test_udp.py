@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -228,14 +229,15 @@ def test_what_is_asked_for_again_comes_over_tcp_and_what_is_gone_is_told_as_lost
 
 def test_who_asks_too_often_or_talks_nonsense_is_cut_off(stage: Stage) -> None:
     stage.publish()
-    with Session(stage) as session:
-        for _ in range(REQUEST_BURST + MAX_EXTRA // 20):
-            session.ask(1, 1)
-        session.tcp.settimeout(PATIENCE_S)
-        assert session.lines.read() is not None  # to its end
-    with Session(stage) as session:
-        session.tcp.sendall(b'{"resend":{"first":0,"count":1}}\n' * 40)
-        assert session.lines.read() is not None
+    for asked in (
+        b'{"resend":{"first":1,"count":1}}\n' * (REQUEST_BURST + MAX_EXTRA // 20),
+        b'{"resend":{"first":0,"count":1}}\n' * 40,
+    ):
+        with Session(stage) as session:
+            session.tcp.settimeout(PATIENCE_S)
+            with suppress(ConnectionError):  # a reset, where bytes were still unread, is as good an end
+                session.tcp.sendall(asked)
+                session.lines.read()  # to its end
     until(lambda: sum(stage.tier(0, tier).subscribers for tier in Tier) == 0, "both are gone")
 
 
