@@ -142,6 +142,7 @@ class MemorySprint:
         channel = self._channels[name] = EventChannel() if self._config.use_memory_channel else SocketChannel()
         row = self._rows
         self._rows += 1
+        self._status.delivery(row, name)
         return Child(name, lambda: main(channel, row, *arguments))
 
     def _be_relay(self) -> None:

@@ -7,6 +7,7 @@ any moment: its row in the status block, the ring and its listening socket are t
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,9 +55,10 @@ class Workers:
     def be_stream(self, channel: Channel, row: int, number: int, listener: socket.socket, udp: UdpService) -> None:
         """Serve TCP subscribers of `listener`; the accounts are `row` of the status block's."""
         config, gate = self._config, self._shared.admission(row)
+        accounts = self._accounts(row)
         delivery = StreamDelivery(
             self._shared.ring,
-            self._accounts(row, f"stream-{number}"),
+            accounts,
             network=config.network.name,
             gate=gate,
             write_deadline_ns=config.write_deadlines_ns(),
@@ -70,15 +72,16 @@ class Workers:
             delivery.serve(loop, listener)
             keep_checking(loop, gate, self._log if row == 0 else None)  # one speaks for all
 
-        asyncio.run(self._deliver(channel, delivery, start, show=number == 0))
+        asyncio.run(self._deliver(channel, delivery, accounts, start, show=number == 0))
 
     def be_shm(self, channel: Channel, row: int) -> None:
         """Hand the ring to local readers, and wake them."""
         config, gate = self._config, self._shared.admission(row)
+        accounts = self._accounts(row)
         delivery = ShmDelivery(
             self._shared.ring_memory,
             self._shared.ring,
-            self._accounts(row, "shm"),
+            accounts,
             network=config.network.name,
             gate=gate,
             max_readers=max(1, session_limit() // 2),  # a reader takes two descriptors
@@ -88,15 +91,16 @@ class Workers:
             delivery.start(loop, config.shm_socket)
             keep_checking(loop, gate, self._log if row == 0 else None)  # one speaks for all
 
-        asyncio.run(self._deliver(channel, delivery, start))
+        asyncio.run(self._deliver(channel, delivery, accounts, start))
 
     def be_zmq(self, channel: Channel, row: int, listener: socket.socket, line: RebuildLine) -> None:
         """Publish by ZMQ, and fetch the whole blocks for it and for the relay."""
+        accounts = self._accounts(row)
         desk = ZmqDesk(
             self._config,
             self._shared.ring,
             self._shared.status,
-            self._accounts(row, "zmq"),
+            accounts,
             self._log,
             report=line.report,
         )
@@ -106,7 +110,7 @@ class Workers:
             desk.start(loop, listener)
 
         # A block of 4 MB is work for some ten milliseconds, which no stream subscriber must wait for.
-        asyncio.run(self._deliver(channel, desk, start, priority=WORKER_PRIORITY - 1))
+        asyncio.run(self._deliver(channel, desk, accounts, start, priority=WORKER_PRIORITY - 1))
 
     def be_udp(
         self,
@@ -128,9 +132,10 @@ class Workers:
                 fanout = WorkerFanout(control, bound_address(sock).port, self._log)
             except OSError as error:
                 self._log.warning("Datagrams go out by plain sockets", reason=str(error))
+        accounts = self._accounts(row)
         delivery = UdpDelivery(
             self._shared.ring,
-            self._accounts(row, "udp"),
+            accounts,
             self._shared.status.layout.udp,
             links,
             write_deadline_ns=self._config.write_deadlines_ns(),
@@ -138,7 +143,7 @@ class Workers:
         )
         counters = self._shared.status.layout.udp
         counters.fanout_turbo = counters.fanout_enterprise = 0
-        asyncio.run(self._deliver(channel, delivery, lambda loop: delivery.start(loop, sock)))
+        asyncio.run(self._deliver(channel, delivery, accounts, lambda loop: delivery.start(loop, sock)))
 
     def be_api(self, api: ApiServer) -> None:
         """Answer HTTP from the status block."""
@@ -148,9 +153,9 @@ class Workers:
         signal.sigwait((signal.SIGTERM,))
         api.stop()
 
-    def _accounts(self, row: int, name: str) -> Delivery:
+    def _accounts(self, row: int) -> Delivery:
         """A worker's accounts. The subscribers of the one before it went with it."""
-        accounts = self._shared.status.delivery(row, name)
+        accounts: Delivery = self._shared.status.layout.deliveries[row]
         for tier in accounts.tiers:
             accounts.disconnected += tier.subscribers
             tier.subscribers = 0
@@ -160,6 +165,7 @@ class Workers:
         self,
         channel: Channel,
         delivery: Delivers,
+        accounts: Delivery,
         start: Callable[[asyncio.AbstractEventLoop], Any],
         *,
         show: bool = False,
@@ -188,6 +194,7 @@ class Workers:
         loop.add_signal_handler(signal.SIGTERM, stop)
         start(loop)
         loop.add_reader(channel.fileno(), wake)
+        accounts.pid = os.getpid()
         try:
             await stopped
         finally:

@@ -139,10 +139,11 @@ class TierAccounts(_Section):
 
 
 class Delivery(_Section):
-    """One delivery's accounts, written by the process that runs it."""
+    """One delivery's accounts, written by the process that runs it, whose `pid` stands there from when it serves."""
 
     _fields_ = (
         ("name", ctypes.c_char * 16),
+        ("pid", u64),
         ("accepted", u64),
         ("refused", u64),
         ("disconnected", u64),

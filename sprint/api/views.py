@@ -55,6 +55,9 @@ def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, An
     missing = [_text(row.name) for row in status.layout.processes if row.name and not row.pid]
     if missing:
         problems.append(f"processes: being restarted: {', '.join(missing)}")
+    starting = _starting(status)
+    if starting:
+        problems.append(f"processes: not serving yet: {', '.join(starting)}")
     return {
         "status": "unhealthy" if problems else "ok",
         "problems": problems,
@@ -83,6 +86,13 @@ def health(status: StatusBlock, monotonic_ns: int, wall_ns: int) -> dict[str, An
         ],
         "rejected": {reason.value: int(relay.rejected[index]) for reason, index in REJECT_INDEX.items()},
     }
+
+
+def _starting(status: StatusBlock) -> list[str]:
+    """Whose process runs and whose subscribers aren't served yet, or not by a successor."""
+    serving = {_text(delivery.name): int(delivery.pid) for delivery in status.deliveries()}
+    rows = [(_text(row.name), int(row.pid)) for row in status.layout.processes if row.name and row.pid]
+    return [name for name, pid in rows if serving.get(name, pid) != pid]
 
 
 def _publisher_warning(peer: Peer) -> str | None:

@@ -94,8 +94,8 @@ def test_tcp_gets_its_stream_byte_for_byte_with_and_without_the_capture(
     with attach(loaded, "nic", modes=(mode,)) as attachment, Capture(attachment.handover()) as capture:
         transfer(capture)
         counters = capture.counters()
-        # Behind bytes that are no message it may be blind for long: nothing begins a segment in bulk.
-        assert counters["announcements"] > 50
+        # Behind bytes that are no message it may be blind for the rest: in bulk no message begins a segment of 64 KiB.
+        assert counters["announcements"] > 0
         assert counters["express"] + counters["dropped"] == counters["captured"] > 1_000
 
 

@@ -76,6 +76,18 @@ def test_a_process_that_is_being_restarted_is_a_problem(healthy: StatusBlock) ->
     assert views.health(healthy, NOW_NS, 0)["problems"] == ["processes: being restarted: stream-0"]
 
 
+def test_a_process_that_runs_is_unhealthy_until_it_serves_and_so_is_its_successor(healthy: StatusBlock) -> None:
+    process, delivery = healthy.layout.processes[0], healthy.delivery(5, "shm")
+    process.name, process.pid = b"shm", 4711
+    healthy.layout.processes[1].name, healthy.layout.processes[1].pid = b"relay", 4712
+    problem = ["processes: not serving yet: shm"]
+    assert views.health(healthy, NOW_NS, 0)["problems"] == problem
+    delivery.pid = 4711
+    assert views.health(healthy, NOW_NS, 0)["problems"] == []
+    process.pid = 4713
+    assert views.health(healthy, NOW_NS, 0)["problems"] == problem
+
+
 def test_deliveries_give_each_tier_its_accounts(healthy: StatusBlock) -> None:
     section = healthy.delivery(0, "stream")
     section.accepted = 5
