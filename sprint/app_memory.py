@@ -20,6 +20,7 @@ from sprint.app_workers import Workers
 from sprint.channels import EventChannel, SocketChannel
 from sprint.composition import BypassLines, Shared, bypass_wanted, facts_of, log_relayed
 from sprint.deliveries import udp_link
+from sprint.deliveries.shm import ShmDelivery
 from sprint.deliveries.stream import StreamDelivery
 from sprint.deliveries.udp import UdpDelivery, bound_address
 from sprint.deliveries.udp_sessions import UdpService
@@ -87,6 +88,7 @@ class MemorySprint:
             for listener in streams:
                 stack.callback(listener.close)
             check_socket_path(config.shm_socket)
+            ShmDelivery.try_path(config.shm_socket)
             datagrams = UdpDelivery.bind(config.udp_bind)
             stack.callback(datagrams.close)
             publisher = ZmqDelivery.listen(config.zmq_bind)
@@ -202,6 +204,8 @@ def _listeners(bind: Address, workers: int) -> list[socket.socket]:
 
     They stay open here, so that those who connect while a worker is restarted wait for it instead of being refused.
     """
+    # Another Sprint's sockets would let ours in beside them, and the kernel would share subscribers out among both.
+    StreamDelivery.listen(bind.host, bind.port).close()
     first = StreamDelivery.listen(bind.host, bind.port, reuse_port=True)
     port = first.getsockname()[1]
     return [first, *(StreamDelivery.listen(bind.host, port, reuse_port=True) for _ in range(workers - 1))]

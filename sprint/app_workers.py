@@ -129,7 +129,8 @@ class Workers:
             from sprint.deliveries.udp_fanout import WorkerFanout  # noqa: PLC0415 - only where it is wanted
 
             try:
-                fanout = WorkerFanout(control, bound_address(sock).port, self._log)
+                bound = bound_address(sock)
+                fanout = WorkerFanout(control, bound.port, self._log, source_host=bound.host)
             except OSError as error:
                 self._log.warning("Datagrams go out by plain sockets", reason=str(error))
         accounts = self._accounts(row)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from sprint.bitcoin.block import HEADER_SIZE, double_sha256
 from sprint.blocks import BlockStore, WholeBlock, checked
 from sprint.deliveries.zmq import ZmqDelivery
 from sprint.errors import RemoteProtocolError
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 SWITCH_INTERVAL_S = 0.0005
 """Checking a large block takes a second thread tens of milliseconds: a hashblock waits for it no longer than this."""
 MAX_UNCHECKED = 8
+"""Blocks, of 4 MB at most, that wait for the check; of one hash there may be several, for only the check tells which
+of them is the block."""
+MAX_FORGONE = 64
 
 
 class ZmqDesk:
@@ -68,12 +71,17 @@ class ZmqDesk:
             store=self._store,
             write_deadline_ns=config.write_deadline_ns,
             on_wanted=self._on_wanted,
+            node_is_heard=lambda: self._intake is not None and self._intake.connected,
+            is_hopeless=lambda block_hash: block_hash in self._forgone,
         )
         self._reader = RingReader(ring)
         self._fetcher: BlockFetcher | None = None
         self._intake: ZmqIntake | None = None
         self._checker: ThreadPoolExecutor | None = None
-        self._checking: set[bytes] = set()
+        self._unchecked: dict[bytes, list[FetchedBlock]] = {}
+        """By hash, the one that is being checked first."""
+        self._forgone: deque[bytes] = deque(maxlen=MAX_FORGONE)
+        """Blocks that are not fetched, for there were newer ones."""
         self._timer: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -108,7 +116,10 @@ class ZmqDesk:
             if record.hash in self._store:  # the operator's node was quicker than its header
                 self._rebuilt(record.hash)
             elif self._fetcher is not None:
-                self._fetcher.want(record.hash, self._announcer_of(record.hash))
+                forgone = self._fetcher.want(record.hash, self._announcer_of(record.hash))
+                if forgone is not None:
+                    self._forgone.append(forgone)
+                    self._delivery.block_arrived()
         self._fetch()
 
     def close(self) -> None:
@@ -141,20 +152,27 @@ class ZmqDesk:
             self._timer = self._loop.call_later(wait_s, self._fetch)
 
     def _check(self, block: FetchedBlock) -> None:
-        """Have a block checked in the other thread, once."""
-        checker = self._checker
-        if checker is None or block.hash in self._store or block.hash in self._checking:
+        """Have a block checked in the other thread, once it is its turn."""
+        if self._checker is None or block.hash in self._store:
             return
-        if len(self._checking) >= MAX_UNCHECKED:  # it is asked for again
+        versions = self._unchecked.get(block.hash, [])
+        if sum(map(len, self._unchecked.values())) >= MAX_UNCHECKED:  # it is asked for again
             return
-        self._checking.add(block.hash)
-        future = checker.submit(checked, block.hash, block.payload)
+        if any(one.peer == block.peer for one in versions):
+            return
+        self._unchecked[block.hash] = [*versions, block]
+        if not versions:
+            self._submit(block)
+
+    def _submit(self, block: FetchedBlock) -> None:
+        assert self._checker is not None
+        future = self._checker.submit(checked, block.hash, block.payload)
         future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._on_checked, block, done))
 
     def _on_checked(self, block: FetchedBlock, done: Future[int]) -> None:
-        self._checking.discard(block.hash)
         if self._closed or done.cancelled():
             return
+        others = self._unchecked.pop(block.hash)[1:]
         error = done.exception()
         if error is None:
             self._keep(block.hash, WholeBlock(block.payload, done.result()))
@@ -163,6 +181,9 @@ class ZmqDesk:
         if not isinstance(error, RemoteProtocolError):
             raise error
         self._log.warning("Block refused", peer=block.peer, reason=str(error))
+        if others:  # one of these may be the block
+            self._unchecked[block.hash] = others
+            self._submit(others[0])
         if self._fetcher is not None:
             self._fetcher.requests.failed(block.hash, block.peer)
             self._fetch()
@@ -199,15 +220,19 @@ class ZmqDesk:
         if intake is None or self._closed:
             return
         heard, more = intake.poll()
-        for topic, body in heard:
-            if topic != RAWBLOCK:
-                self._delivery.pass_through(topic, body)
+        for said in heard:
+            if not said.block_hash:
+                self._delivery.pass_through(said.topic, said.body, said.lost)
                 continue
-            block_hash = double_sha256(body[:HEADER_SIZE])
+            self._delivery.node_has(said.block_hash)
+            if said.topic != RAWBLOCK:
+                continue
             if self._report is None:
-                self._keep(block_hash, WholeBlock(body, 0))
+                self._keep(said.block_hash, WholeBlock(said.body, 0))
             else:
-                self._check(FetchedBlock("", block_hash, body))
+                self._check(FetchedBlock(said.node, said.block_hash, said.body))
+        if not intake.connected:
+            self._delivery.node_is_unheard()
         if more:
             self._loop.call_soon(self._take_in)
         elif (due_ns := intake.deadline()) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sprint.bitcoin.block import (
     HEADER_SIZE,
@@ -14,6 +14,9 @@ from sprint.bitcoin.block import (
 )
 from sprint.bitcoin.codec import MalformedError
 from sprint.errors import RemoteProtocolError
+
+if TYPE_CHECKING:
+    from sprint.bitcoin.block import Transaction
 
 MAX_BLOCKS: Final = 16
 MAX_BYTES: Final = 48 * 1024 * 1024
@@ -62,7 +65,9 @@ class BlockStore:
 def checked(block_hash: bytes, payload: bytes) -> int:
     """The number of transactions in a whole block that is the one of that hash, and complete.
 
-    Its header commits to exactly these transactions, and its coinbase to their witnesses. Raises RemoteProtocolError
+    Its header commits to exactly these transactions, and its coinbase to their witnesses. It begins with a coinbase:
+    64 bytes that are two hashes of the merkle tree may pass for a transaction otherwise, and a row of them for the
+    block's (CVE-2017-12842; Bitcoin Core's IsBlockMutated goes by the same sign). Raises RemoteProtocolError
     for anything else: then the block may be good, and these bytes are not it. About 15 µs a transaction.
     """
     if double_sha256(payload[:HEADER_SIZE]) != block_hash:
@@ -71,8 +76,16 @@ def checked(block_hash: bytes, payload: bytes) -> int:
         header, transactions = parse_block(payload)
     except MalformedError as error:
         raise RemoteProtocolError(f"block {block_hash[::-1].hex()}: {error}") from None
+    if not transactions or not _is_coinbase(transactions[0]):
+        raise RemoteProtocolError(f"block {block_hash[::-1].hex()}: its first transaction is no coinbase")
     if not merkle_root_matches(header, transactions):
         raise RemoteProtocolError(f"block {block_hash[::-1].hex()}: its header commits to other transactions")
     if not witness_commitment_matches(transactions):
         raise RemoteProtocolError(f"block {block_hash[::-1].hex()}: its coinbase commits to other witnesses")
     return len(transactions)
+
+
+def _is_coinbase(transaction: Transaction) -> bool:
+    """Whether its one input spends nothing."""
+    at = 6 if transaction.has_witness else 4
+    return transaction.raw[at : at + 37] == b"\x01" + bytes(32) + b"\xff\xff\xff\xff"

@@ -41,7 +41,7 @@ class AskingEnd:
         control.setblocking(False)
         self._control = control
         self._kind = kind
-        self._ask()
+        self.ask()
 
     def fileno(self) -> int:
         """Readable when take() has something."""
@@ -57,7 +57,7 @@ class AskingEnd:
                     break
                 facts = json.loads(message)
                 if facts.get("started"):
-                    self._ask()
+                    self.ask()
                 elif facts.pop("kind", None) != self._kind:
                     close_all(descriptors)
                     continue
@@ -67,7 +67,8 @@ class AskingEnd:
                 newest = HandedOver(None if over else facts, descriptors)
         return newest
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
+        """Have it handed over, once more if it was before."""
         with suppress(OSError):
             self._control.send(f"{self._kind}?".encode())
 

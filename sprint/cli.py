@@ -1,16 +1,9 @@
-"""The command line: `sprint run | watch | status | doctor | keys | demo | bench`.
-
-Exit codes: 0 done, 1 the machine or a peer refused (one line says what), 2 wrong usage or a bad configuration value
-(one line that names it).
-"""
+"""The command line: `sprint run | watch | status | doctor | keys | demo | bench`; exit codes stand in cli_reporting."""
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,10 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from sprint import __version__, cli_keys, config, logs, settings
-from sprint.errors import ConfigError, SprintError
+from sprint.addresses import Address, parse_address
+from sprint.cli_reporting import UsageError, prepare_streams, print_json, reporting
+from sprint.inquiry import NoAnswerError, ask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 app = typer.Typer(
     name="sprint",
@@ -38,25 +33,11 @@ app = typer.Typer(
 
 app.add_typer(cli_keys.app, name="keys")
 
-STATUS_TIMEOUT_S = 5
-
-
-@contextmanager
-def _reporting() -> Iterator[None]:
-    """Turn what was refused on purpose into one line and an exit code."""
-    try:
-        yield
-    except ConfigError as error:
-        print(f"sprint: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except SprintError as error:
-        print(f"sprint: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-        raise SystemExit(141) from None
+API_PORT = 8080
+STREAM_PORT = 8434
+"""Where an argument leaves the port out."""
+QUESTIONS = {"health": "health", "turbo-status": "turbo-status", "sources": "sources", "blocks": "blocks?limit=8"}
+"""What `sprint status` asks the API."""
 
 
 @contextmanager
@@ -67,6 +48,16 @@ def _telling(what: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _address(argument: str, otherwise: Callable[[], Address], port: int) -> Address:
+    """What the argument names, or else the configuration. Raises UsageError, or ConfigError."""
+    if not argument:
+        return otherwise()
+    try:
+        return parse_address(argument, port)
+    except ValueError as error:
+        raise UsageError(f"ADDRESS {argument[:80]!r}: {error}") from None
 
 
 def _run_help() -> str:
@@ -88,7 +79,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command(help=_run_help())
 def run() -> None:
     """Run Sprint in the foreground."""
-    with _reporting():
+    with reporting():
         loaded = config.load()
         logs.configure(loaded.log_format)
         from sprint.app import serve  # noqa: PLC0415 - the other commands need not wait for all of Sprint to load
@@ -114,10 +105,11 @@ def watch(
     count: Annotated[int | None, typer.Option(min=1, help="End after so many events.")] = None,
 ) -> None:
     """Subscribe to the stream and show each event."""
-    with _reporting():
+    with reporting():
         from sprint.watch import watch as show  # noqa: PLC0415
 
-        show(address or str(config.load().stream_bind), as_json=as_json, key=key, since=since, count=count)
+        stream = _address(address, lambda: config.load().stream_bind, STREAM_PORT)
+        show(str(stream), as_json=as_json, key=key, since=since, count=count)
 
 
 @app.command()
@@ -129,15 +121,18 @@ def status(
 
     Exit code 0 when it is healthy, else 1.
     """
-    with _reporting():
-        base = f"http://{address or config.load().api_bind}/api"
-        answers = {name: _get(f"{base}/{name}") for name in ("health", "turbo-status", "sources", "blocks?limit=8")}
-        answers["blocks"] = answers.pop("blocks?limit=8")
+    with reporting():
+        api = _address(address, lambda: config.load().api_bind, API_PORT)
+        answers = {name: ask(api, question) for name, question in QUESTIONS.items()}
+        try:
+            healthy = answers["health"]["status"] == "ok"
+            if not as_json:
+                _show_status(answers)
+        except (KeyError, TypeError, AttributeError):
+            raise NoAnswerError(f"http://{api}/api: the answers aren't Sprint's") from None
         if as_json:
-            print(json.dumps(answers, ensure_ascii=False, indent=2))
-        else:
-            _show_status(answers)
-        raise SystemExit(0 if answers["health"]["status"] == "ok" else 1)
+            print_json(answers, indent=2)
+        raise SystemExit(0 if healthy else 1)
 
 
 @app.command()
@@ -150,19 +145,22 @@ def doctor(
 
     Exit code 0 when it can do what the configuration promises, else 1.
     """
-    with _reporting():
+    with reporting():
         from sprint.doctor import as_dicts, examine, exit_code, remove_leftovers  # noqa: PLC0415
         from sprint.doctor.report import table  # noqa: PLC0415
 
         if clean:
-            for line in remove_leftovers():
+            removed = remove_leftovers()
+            for line in removed:
                 print(f"removed: {line}")
+            if not removed:
+                print("sprint: nothing was left behind", file=sys.stderr)
             return
         loaded = config.load()
         with _telling("Examining; compiling the kernel bypass's programs takes some seconds (--quick: not done)"):
             findings = examine(loaded, quick=quick)
         if as_json:
-            print(json.dumps(as_dicts(findings), ensure_ascii=False, indent=2))
+            print_json(as_dicts(findings), indent=2)
         else:
             Console().print(table(findings))
         raise SystemExit(exit_code(findings))
@@ -180,7 +178,7 @@ def demo(
 
     A node that mines, Sprint, and subscribers that check every hash, each a process of its own.
     """
-    with _reporting():
+    with reporting():
         from sprint.demo.stage import Plan, perform  # noqa: PLC0415
 
         plan = Plan(once=once, as_json=as_json, blocks=blocks, subscribers=subscribers, interval_s=interval)
@@ -208,7 +206,7 @@ def bench(
 
     Progress goes to standard error.
     """
-    with _reporting():
+    with reporting():
         from sprint.bench.run import BENCHMARKS, Options, report  # noqa: PLC0415
 
         wrong = None
@@ -221,21 +219,8 @@ def bench(
         elif announcements is not None and not BENCHMARKS[name].takes_announcements:
             wrong = f"--announcements: {name} has none"
         if wrong:
-            print(f"sprint: {wrong}", file=sys.stderr)
-            raise SystemExit(2)
+            raise UsageError(wrong)
         report(name, Options(subscribers, announcements), as_json=as_json, plot=plot)
-
-
-def _get(url: str) -> Any:
-    try:
-        with urllib.request.urlopen(url, timeout=STATUS_TIMEOUT_S) as answer:  # noqa: S310 - always http
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        if error.code == 503:
-            return json.load(error)
-        raise SprintError(f"{url} answers {error.code}") from None
-    except (OSError, ValueError) as error:
-        raise SprintError(f"{url} can't be read: {error}") from None
 
 
 def _show_status(answers: dict[str, Any]) -> None:
@@ -256,12 +241,18 @@ def _show_status(answers: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of `sprint`."""
-    app(prog_name="sprint")
+    _command("sprint")
 
 
 def daemon() -> None:
     """Entry point of `sprintd`: `sprint run` under the name that service managers look for."""
-    app(args=["run", *sys.argv[1:]], prog_name=Path(sys.argv[0]).name)
+    _command(Path(sys.argv[0]).name, "run")
+
+
+def _command(name: str, *first: str) -> None:
+    prepare_streams()
+    with reporting():  # for what is printed, and refused, before a command has begun
+        app(args=[*first, *sys.argv[1:]], prog_name=name)
 
 
 if __name__ == "__main__":

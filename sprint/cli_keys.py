@@ -5,7 +5,6 @@ Works on the key file in DATA_DIR directly, whether Sprint runs or not; a runnin
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sprint import config
-from sprint.errors import ConfigError, SprintError
+from sprint.cli_reporting import UsageError, print_json, reporting
 from sprint.keys import DEFAULT_CONNECTIONS, FILE_NAME, MAX_CONNECTIONS, NEVER, KeyRecord, KeyStore
 from sprint.tiers import Tier
 
@@ -43,19 +42,14 @@ _Which = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
-class UsageError(SprintError):
-    """An option's value is not one of those that are possible."""
-
-
 @contextmanager
 def _store() -> Iterator[KeyStore]:
-    """The key file, and what is refused on purpose turned into one line and an exit code."""
-    try:
-        with KeyStore(config.load().data_dir / FILE_NAME) as store:
+    """The key file; a value that it refuses is wrong usage."""
+    with reporting(), KeyStore(config.load().data_dir / FILE_NAME) as store:
+        try:
             yield store
-    except (SprintError, ValueError) as error:
-        print(f"sprint: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, (UsageError, ConfigError, ValueError)) else 1) from None
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 @app.command()
@@ -81,12 +75,18 @@ def create(
         expires_s = now_s + period_s(expires) if expires else NEVER
         key = store.create(name, asked, now_s, expires_s=expires_s, connections=connections)
         made = store.find_text(key)
-    if as_json:
-        print(json.dumps({"key": key, **as_dict(made, now_s)}, ensure_ascii=False))
-        return
-    print(key)
-    print(f"sprint: key {made.id} of {made.name}, {made.tier.label}: it is not shown again", file=sys.stderr)
-    print(f"sprint: valid for the Sprint with DATA_DIR={store.path.parent}", file=sys.stderr)
+        try:
+            if as_json:
+                print_json({"key": key, **as_dict(made, now_s)})
+            else:
+                print(key)
+            sys.stdout.flush()
+        except OSError:  # nobody has seen it, and nobody ever will
+            store.revoke(made.id, now_s)
+            raise
+        if not as_json:
+            print(f"sprint: key {made.id} of {made.name}, {made.tier.label}: it is not shown again", file=sys.stderr)
+            print(f"sprint: valid for the Sprint with DATA_DIR={store.path.parent}", file=sys.stderr)
 
 
 @app.command("list")
@@ -95,19 +95,12 @@ def list_keys(as_json: _Json = False) -> None:
     now_s = int(time.time())
     with _store() as store:
         keys = store.list()
-    if as_json:
-        print(json.dumps([as_dict(key, now_s) for key in keys], ensure_ascii=False, indent=2))
-        return
-    if not keys:
-        print(f"sprint: no keys in {store.path}", file=sys.stderr)
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in _COLUMNS:
-        table.add_column(column, no_wrap=True)
-    for key in keys:
-        shown = as_dict(key, now_s)
-        table.add_row(*(escape(str(shown[column] or "never")) for column in _COLUMNS))
-    Console(soft_wrap=True).print(table)
+        if as_json:
+            print_json([as_dict(key, now_s) for key in keys], indent=2)
+        elif keys:
+            Console(soft_wrap=True).print(_table(keys, now_s))
+        else:
+            print(f"sprint: no keys in {store.path}", file=sys.stderr)
 
 
 @app.command()
@@ -115,11 +108,11 @@ def show(which: _Which, as_json: _Json = False) -> None:
     """Show one key's facts; never the key."""
     with _store() as store:
         facts = as_dict(store.find(which), int(time.time()))
-    if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
-        return
-    for name, value in facts.items():
-        print(f"{name:12} {'never' if value is None else value}")
+        if as_json:
+            print_json(facts)
+            return
+        for name, value in facts.items():
+            print(f"{name:12} {'never' if value is None else value}")
 
 
 @app.command()
@@ -127,7 +120,17 @@ def revoke(which: _Which) -> None:
     """End a key for good: sessions by it end within about a second."""
     with _store() as store:
         key = store.revoke(which, int(time.time()))
-    print(f"sprint: key {key.id} of {key.name} is revoked", file=sys.stderr)
+        print(f"sprint: key {key.id} of {key.name} is revoked", file=sys.stderr)
+
+
+def _table(keys: list[KeyRecord], now_s: int) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in _COLUMNS:
+        table.add_column(column, no_wrap=True)
+    for key in keys:
+        shown = as_dict(key, now_s)
+        table.add_row(*(escape(str(shown[column] or "never")) for column in _COLUMNS))
+    return table
 
 
 def period_s(text: str) -> int:

@@ -88,10 +88,14 @@ def events(
     udp: bool = False,
     reconnect: bool = True,
     check_proof: bool = True,
+    on_trouble: Callable[[Exception], None] | None = None,
 ) -> Generator[Item | Subscribed, None, None]:
-    """As connect(), with everything that the stream says: Subscribed after each connect, losses, heartbeats."""
+    """As connect(), with everything that the stream says: Subscribed after each connect, losses, heartbeats.
+
+    `on_trouble` is told why a connection was lost, or couldn't be made, each time before it is tried again.
+    """
     where = parse_address(address, DEFAULT_PORT)
-    pauses = Pauses(reconnect)
+    pauses = Pauses(reconnect, on_trouble)
     if udp:
         yield from datagram_events(where, DatagramProtocol(key=key, since=since, check_proof=check_proof), pauses)
         return

@@ -172,6 +172,9 @@ def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     # Without interpolation: ${A}${A} could make gigabytes of a small file.
     values = dotenv_values(stream=io.StringIO(readable), interpolate=False)
     warnings = [f"{ENV_FILE}: line {number} can't be read: expected NAME=value" for number in broken]
+    names = [line.key for line in lines if line.key is not None]
+    again = dict.fromkeys(name for number, name in enumerate(names) if name in names[:number])
+    warnings += [f"{ENV_FILE}: {_shown(name)} is set more than once: the last one counts" for name in again]
     return {name: value or "" for name, value in values.items()}, warnings
 
 

@@ -291,6 +291,8 @@ class Ingress:
         if self._outlet is not None and self._proven:
             counted = self._outlet.counters()
             said["ingest"] = {name: counted.get(name, 0) for name in BYPASS_INACTIVE["ingest"]}
+            # By either way. What comes while no relay has a socket there is not: the ring buffer keeps it for the next.
+            said["ingest"]["dropped"] += counted.get("socketDropped", 0)
         return said
 
     def close(self) -> None:

@@ -103,13 +103,13 @@ def _bind(value: Any) -> Address:
 
 
 def _path(value: Any) -> Path:
-    text = str(value)
-    if "\0" in text or "$" in text:
-        raise ValueError("expected a folder's path; variables in it are not replaced")
+    text = str(value).strip()
+    if not text or "$" in text or not text.isprintable():
+        raise ValueError("expected a path of printable characters; variables in it are not replaced")
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise ValueError("expected a folder's path; there is no home directory for ~") from None
+        raise ValueError("expected a path; there is no home directory for ~") from None
 
 
 def _interfaces(value: Any) -> tuple[str, ...]:

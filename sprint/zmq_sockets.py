@@ -13,6 +13,7 @@ A context belongs to the process that made it: it is made after the fork.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -41,6 +42,9 @@ FIRST_RECONNECT_MS: Final = 200
 LAST_RECONNECT_MS: Final = 2_000
 RECEIVE_HIGH_WATER_MARK: Final = 32
 """Whole messages that wait here, of up to 4 MB each; then TCP holds the publisher back."""
+MAX_THREADS: Final = 8
+"""As many publishers as there may be. libzmq looks a name up in the thread that serves the socket, so that a resolver
+which doesn't answer would keep all publishers of that thread unheard."""
 MAX_SUBSCRIPTION: Final = 256
 """Bytes of what a subscriber may say: a topic's prefix and a byte."""
 FRAMES: Final = 3
@@ -48,7 +52,7 @@ FRAMES: Final = 3
 RENEW_NS: Final = 5 * NS_PER_S
 """A subscriber without a connection for so long begins anew: libzmq may have given it up."""
 MAX_EVENTS: Final = 64
-"""A connection's events taken in one look; a publisher that can't be reached makes five a second at most."""
+"""Events, or words of subscribers, taken in one look: whoever makes more of them keeps nobody from being served."""
 
 CONNECTED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
 DISCONNECTED: Final = zmq.EVENT_DISCONNECTED
@@ -56,9 +60,9 @@ REFUSED: Final = zmq.EVENT_CLOSED
 ACCEPTED: Final = zmq.EVENT_ACCEPTED
 
 
-def new_context() -> Context:
-    """A context of this process: one thread of libzmq's moves the bytes, with the calling thread's priority."""
-    context: Context = zmq.Context(io_threads=1)
+def new_context(threads: int = 1) -> Context:
+    """A context of this process: so many threads of libzmq's move the bytes, with the calling thread's priority."""
+    context: Context = zmq.Context(io_threads=min(threads, MAX_THREADS))
     # Real-time scheduling isn't inherited (SCHED_RESET_ON_FORK). libzmq aborts when it is refused, which it can't be
     # where the calling thread has it.
     if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO:
@@ -70,21 +74,34 @@ def new_context() -> Context:
 class PublisherLink:
     """A socket that reads one publisher, now and whenever it is back, and what is known of its connection."""
 
-    def __init__(self, context: Context, node: Address, topics: Sequence[bytes]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        node: Address,
+        topics: Sequence[bytes],
+        *,
+        thread: int = 0,
+        high_water_mark: int = RECEIVE_HIGH_WATER_MARK,
+    ) -> None:
+        """`thread` is the one of the context's that serves it."""
+        self.name = str(node)
         self.connected = False
         self.connects = self.failures = 0
         self.last_error = ""
+        self._is_name = not _is_number(node.host)
+        self._ipv6 = ":" in node.host
         self._endpoint = f"tcp://{node}"
         self._renew_ns = 0
         self._sub = sub = context.socket(zmq.SUB)
         sub.setsockopt(zmq.LINGER, 0)
-        sub.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        sub.setsockopt(zmq.RCVHWM, high_water_mark)
+        sub.setsockopt(zmq.AFFINITY, 1 << thread % MAX_THREADS)
         sub.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_SIZE)
         sub.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         sub.setsockopt(zmq.RECONNECT_IVL, FIRST_RECONNECT_MS)
         sub.setsockopt(zmq.RECONNECT_IVL_MAX, LAST_RECONNECT_MS)
-        sub.setsockopt(zmq.IPV6, int(":" in node.host))
+        sub.setsockopt(zmq.IPV6, int(self._ipv6))
         for topic in topics:
             sub.setsockopt(zmq.SUBSCRIBE, topic)
         self._monitor = sub.get_monitor_socket(CONNECTED | DISCONNECTED | REFUSED)
@@ -112,8 +129,12 @@ class PublisherLink:
                 self.failures += 1
                 self.last_error = self.last_error or f"can't connect: {os.strerror(value or errno.ECONNREFUSED)}"
         if not self.connected and now_ns >= self._renew_ns:
-            with suppress(zmq.ZMQError):  # the first time there is nothing to end; later libzmq may have ended it
-                self._sub.disconnect(self._endpoint)
+            if self._renew_ns:
+                with suppress(zmq.ZMQError):  # libzmq may have ended it
+                    self._sub.disconnect(self._endpoint)
+                if self._is_name and not self.connects:  # libzmq looks for addresses of one family only
+                    self._ipv6 = not self._ipv6
+                    self._sub.setsockopt(zmq.IPV6, int(self._ipv6))
             self._sub.connect(self._endpoint)
             self._renew_ns = now_ns + RENEW_NS
         return again
@@ -172,15 +193,27 @@ def descriptor(one: Socket) -> int:
     return int(one.getsockopt(zmq.FD))
 
 
-def subscription(pub: Socket) -> tuple[bool, bytes] | None:
-    """What a subscriber wants by now, or nobody any longer: (True or False, prefix of topics); None: nothing new."""
-    while True:
+def subscriptions(pub: Socket) -> tuple[list[tuple[bool, bytes]], bool]:
+    """What a subscriber wants by now, or nobody any longer: (True or False, prefix of topics) each, a few at a time;
+    and whether there may be more.
+    """
+    found: list[tuple[bool, bytes]] = []
+    for _ in range(MAX_EVENTS):
         try:
             said = pub.recv(zmq.NOBLOCK)
         except zmq.Again:
-            return None
+            return found, False
         if said[:1] in (b"\x00", b"\x01"):  # anything else is a message to us, which we have no use for
-            return said[:1] == b"\x01", said[1:]
+            found.append((said[:1] == b"\x01", said[1:]))
+    return found, True
+
+
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def events_of(monitor: Socket) -> list[tuple[int, int]]:

@@ -132,6 +132,10 @@ class GapCounter:
         missing = (counter - expected) & _COUNTER_MASK
         return missing if missing < _COUNTER_MASK // 2 else counter
 
+    def forget(self, topic: bytes) -> None:
+        """What is heard of this topic next is the first again: it was not listened to in between."""
+        self._next.pop(topic, None)
+
 
 class TopicCounters:
     """Our own counters: the third frame of each message that we publish."""

@@ -1,4 +1,8 @@
-"""What every test must leave as it found it: one that pins its process would starve those that come after it."""
+"""What every test must leave as it found it: one that pins its process would starve those that come after it.
+
+And what no property test may depend on: hypothesis holds each example against 200 ms, and fails on a machine that just
+then had something else to do.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,15 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+settings.register_profile(
+    "any machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

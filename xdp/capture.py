@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import struct
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, final
 
 from xdp import kernel
 from xdp.frames import FLAGS, parse_frame
+from xdp.interfaces import driver_counters
 from xdp.loader import COMMON
 from xdp.ringbuf import RingBuffer
 from xdp.rings import RingCorruptError
@@ -106,26 +108,36 @@ def open_mirror(handover: Handover) -> Xsk:
     return xsk
 
 
-def raw_counters(counters_fd: int) -> dict[str, int]:
-    """struct counters, all CPUs together. Raises OSError."""
+def raw_counters(counters_fd: int, mirror_index: int = 0) -> dict[str, int]:
+    """struct counters, all CPUs together, and what of `redirected` the AF_XDP socket took: `delivered`. Raises OSError.
+
+    `mirror_index`: of the mirror's far end, whose driver counts that; without, and where it has gone, it is left out.
+    """
     cpus = kernel.possible_cpus()
     raw = kernel.map_lookup(counters_fd, bytes(4), _COUNTERS.size * cpus) or bytes(_COUNTERS.size * cpus)
     each = [_COUNTERS.packing.unpack_from(raw, cpu * _COUNTERS.size) for cpu in range(cpus)]
-    return {member.name: sum(column) for member, column in zip(_COUNTERS.members, zip(*each, strict=True), strict=True)}
+    counted = {m.name: sum(column) for m, column in zip(_COUNTERS.members, zip(*each, strict=True), strict=True)}
+    if mirror_index:
+        with contextlib.suppress(OSError, KeyError):
+            by_driver = driver_counters(socket.if_indextoname(mirror_index))
+            counted["delivered"] = by_driver[f"rx_queue_{_QUEUE}_xdp_redirect"]
+    return counted
 
 
-def ingest_counters(counters_fd: int, baseline: Mapping[str, int]) -> dict[str, int]:
-    """What was counted since the baseline, under the names that the API has."""
+def ingest_counters(raw: Mapping[str, int], baseline: Mapping[str, int]) -> dict[str, int]:
+    """What of raw_counters() was counted since the baseline, under the names that the API has."""
     # Opaque flows are counted down too, on another CPU than up: differences are modulo 2**64 and may be negative.
-    since = {name: (value - baseline.get(name, 0)) % (1 << 64) for name, value in raw_counters(counters_fd).items()}
+    since = {name: (value - baseline.get(name, 0)) % (1 << 64) for name, value in raw.items()}
     counted = {name: value if value < 1 << 63 else 0 for name, value in since.items()}
+    mirrored = counted.get("delivered", counted["redirected"])
     return {
         "packets": counted["packets"],
         "announcements": counted["announcements"],
         "captured": counted["captured"],
         "surplus": counted["surplus"],
-        "mirrored": counted["redirected"],
+        "mirrored": mirrored,
         "mirrorLost": counted["uncloned"] + counted["unredirected"],
+        "socketDropped": max(0, counted["redirected"] - mirrored),
         "unmarked": counted["unmarked"],
         "express": counted["express"],
         "dropped": counted["dropped"],
@@ -253,12 +265,9 @@ class Capture:
 
     def counters(self) -> dict[str, int]:
         """The programs' (as Attachment.counters()), and losses on our side of the kernel."""
-        counted = ingest_counters(self._handover.counters_fd, self._handover.baseline)
-        counted |= {"unparsed": self._unparsed, "givenUp": self._given_up, "socketDropped": 0}
-        if self._xsk is not None:
-            statistics = self._xsk.statistics()
-            counted["socketDropped"] = statistics.rx_dropped + statistics.rx_ring_full
-        return counted
+        handover = self._handover
+        counted = ingest_counters(raw_counters(handover.counters_fd, handover.mirror_index), handover.baseline)
+        return counted | {"unparsed": self._unparsed, "givenUp": self._given_up}
 
     def close(self) -> None:
         """Unmap and close what is ours; the handover's descriptors stay open. Harmless if repeated."""

@@ -57,9 +57,14 @@ class _Interface:
 class Egress:
     """Everybody who is served by UDP, each on the best rung that leads to him; a context manager."""
 
-    def __init__(self, handover: FanoutHandover | None, source_port: int) -> None:
-        """Without a handover there is no first rung. Raises OSError."""
+    def __init__(self, handover: FanoutHandover | None, source_port: int, source: bytes | None = None) -> None:
+        """Without a handover there is no first rung.
+
+        Frames come from `source_port`, and from the address `source`, of 4 or 16 bytes; None: from the one that the
+        kernel prefers on the way to each subscriber. Raises OSError.
+        """
         self._source_port = source_port
+        self._source = source
         self._members: dict[Hashable, Member] = {}
         self._at: dict[bytes, set[Hashable]] = {}
         """Who is at an address."""
@@ -68,6 +73,9 @@ class Egress:
         self._keep_alive_ns = self._retry_ns = 0
         self._now_ns = 0
         self._was_live = False
+        self._link_news = 0
+        self._changed = False
+        """A link has changed since the table last vouched."""
         self._to_retry: list[Hashable] = []
         self.failed = 0
         """Frames of the second rung that the kernel didn't take."""
@@ -126,6 +134,10 @@ class Egress:
         self._place(member)
         return member.step
 
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        """Joins and leaves within reach the table together: for thousands, each of which would copy its order."""
+        return self._table.batch() if self._table is not None else contextlib.nullcontext()
+
     def leave(self, key: Hashable) -> None:
         """Serve it no more; no error if it isn't there."""
         member = self._members.pop(key, None)
@@ -167,7 +179,10 @@ class Egress:
         """Routes, neighbours and interfaces have changed: who is served by another rung than before."""
         addresses = self._hops.poll()
         keys = [key for address in addresses for key in self._at.get(address, ())]
-        return self._place_anew(keys) if keys else []
+        if self._link_news != self._hops.link_news:
+            self._link_news, self._changed = self._hops.link_news, True
+            keys += self._behind({index for index in list(self._interfaces) if self._prove(index)})
+        return self._place_anew(dict.fromkeys(keys)) if keys else []
 
     def tick(self, now_ns: int) -> list[Change]:
         """To be called each second or so, `now_ns` of CLOCK_MONOTONIC: proofs, retries; as poll()."""
@@ -180,29 +195,35 @@ class Egress:
         # The relay stepped down, or is back: everybody's rung may be another.
         live, before = self._relay_is_live(), self._was_live
         self._was_live = live
-        again = [
+        again = self._behind(changed) + [
             key
             for key, member in self._members.items()
             if live is not before
-            or (member.hop is not None and member.hop.ifindex in changed)
             or (member.step is Step.AF_XDP and self._frames[self._ifindex(member)].transmitter is None)
         ]
+        if not live and (due or self._changed):
+            self._vouch()
         if due:
             self._retry_ns = now_ns + RETRY_NS
-            if not live:
-                self._vouch()
+            self._pace()  # a link may have another speed, or other queues, than when it was first used
             if self._run is not None and all(interface.live for interface in self._interfaces.values()):
                 self._run.restore()  # proofs have just gone by it
-            self._to_retry = [key for key, member in self._members.items() if member.step is Step.SENDMMSG]
+            self._to_retry = [key for key, member in self._members.items() if self._may_rise(member)]
         again += [key for key in self._to_retry[-RETRIES_A_TICK:] if key in self._members]
         del self._to_retry[-RETRIES_A_TICK:]
         changes = self._place_anew(dict.fromkeys(again)) if again else []
         self._forget_idle()
         return changes
 
+    def _behind(self, interfaces: set[int]) -> list[Hashable]:
+        """Who is reached by one of these."""
+        if not interfaces:
+            return []
+        return [key for key, member in self._members.items() if member.hop and member.hop.ifindex in interfaces]
+
     def _place_anew(self, keys: Iterable[Hashable]) -> list[Change]:
         changes: list[Change] = []
-        with self._table.batch() if self._table is not None else contextlib.nullcontext():
+        with self.batch():
             for key in keys:
                 member = self._members[key]
                 before = member.step
@@ -239,6 +260,13 @@ class Egress:
         if frames.open(self._now_ns) and frames.add(member, self._now_ns):
             member.step = Step.AF_XDP
 
+    def _may_rise(self, member: Member) -> bool:
+        """Without any news: his way wasn't known, or there was no place in the table just then."""
+        if member.step is Step.AF_XDP:
+            interface = self._interfaces.get(self._ifindex(member))
+            return interface is not None and interface.live and self._was_live
+        return member.step is Step.SENDMMSG
+
     def _take_off(self, member: Member) -> None:
         if member.step is Step.LIVE_FRAMES:
             assert self._table is not None
@@ -249,7 +277,8 @@ class Egress:
 
     def _next_hop(self, member: Member) -> NextHop | None:
         try:
-            return self._hops.resolve(member.address)
+            source = self._source
+            return self._hops.resolve(member.address, source if source and len(source) == len(member.address) else None)
         except (OSError, ValueError):
             return None
 
@@ -276,7 +305,8 @@ class Egress:
             self._interfaces.setdefault(ifindex, _Interface(mac))
             self._prove(ifindex)
         if self._table is not None and ways and all(self._interfaces[ifindex].live for ifindex in ways):
-            self._table.vouch()
+            self._table.vouch(changed=self._changed)
+            self._changed = False
 
     def _prove(self, ifindex: int, *, thoroughly: bool = True) -> bool:
         """Ask the driver, and send a frame; whether the answer is another than before."""

@@ -40,12 +40,14 @@ CONSIDERATE_BURST = 512
 SHORT_SHARE = 0.01
 """Frames missing from which a run counts as short: one now and then is lost for want of a place in a ring."""
 SHORT_RUNS = 3
-"""On end, until the sender steps down."""
+"""On end, until the sender steps down; and good ones, until it is as if it had never done so."""
+FIRST_PAUSE_NS, LAST_PAUSE_NS = 30_000_000_000, 600_000_000_000
+"""Until it may be back when it has stepped down for the second time; doubled each further time up to the last."""
 _SNAPSHOT = EGRESS.layouts["snapshot"]
 _SNAPSHOT_WORDS = _SNAPSHOT.size // 4
 _SNAPSHOT_COUNT, _SNAPSHOT_FIRST, _SNAPSHOT_IPV6 = (word("snapshot", name) for name in ("count", "first", "with_ipv6"))
 _VERSION, _GAP = long("directory", "version"), long("directory", "gap_ps")
-_BURST, _PROOFS, _NARROW = (word("directory", name) for name in ("burst", "proofs", "narrow"))
+_BURST, _PROOFS, _NARROW, _CHANGES = (word("directory", name) for name in ("burst", "proofs", "narrow", "changes"))
 _PROBE_PAYLOAD = b"bitcoin-sprint: can this interface send?"
 _ENOTSUPP = 524
 _HOPELESS = {errno.EINVAL, errno.ENODEV, errno.EBADF, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, _ENOTSUPP}
@@ -93,7 +95,9 @@ class FanoutRun:
         """Why the step is none above; None on the first."""
         self.sent = self.lost = 0
         """Frames, of all runs."""
-        self._short = self._proofs = 0
+        self._short = self._good = self._proofs = self._changes = 0
+        self._due_ns = self._pause_ns = 0
+        """When it may be back, and for how long it waits the next time."""
         with contextlib.ExitStack() as undo:
 
             def mapped(fd: int, entry_bytes: int, entries: int) -> MappedArray:
@@ -186,8 +190,15 @@ class FanoutRun:
         return "the program made no frame"
 
     def recover(self) -> bool:
-        """Back to live frames if the table has vouched for its interfaces since the step down; whether that is so."""
-        if self.step is Step.LIVE_FRAMES or self._directory.words[_PROOFS] == self._proofs:
+        """Back to live frames if the table has vouched for its interfaces since the step down; whether that is so.
+
+        A proof is one frame. Where many are lost all the same, the sender would be up and down all the time, and its
+        subscribers lose a few records each time: so it waits longer after each relapse, if no link has changed.
+        """
+        words = self._directory.words
+        if self.step is Step.LIVE_FRAMES or words[_PROOFS] == self._proofs:
+            return False
+        if time.monotonic_ns() < self._due_ns and words[_CHANGES] == self._changes:
             return False
         self.restore()
         return True
@@ -204,7 +215,7 @@ class FanoutRun:
 
     def restore(self) -> None:
         """Back to live frames, after what had failed was mended."""
-        self._short = 0
+        self._short = self._good = 0
         self._set_step(Step.LIVE_FRAMES, None)
 
     def _pin(self, lane: Lane) -> int:
@@ -232,14 +243,20 @@ class FanoutRun:
     def _judge(self, due: int, lost: int, error: int) -> None:
         if lost <= due * SHORT_SHARE and not error:
             self._short = 0
+            self._good += 1
+            if self._good >= SHORT_RUNS:
+                self._pause_ns = 0
             return
         self._short += 1
+        self._good = 0
         if error in _HOPELESS or self._short >= SHORT_RUNS:
             why = refusal(error) if error else f"drivers took {due - lost} of {due} live frames"
             self._set_step(Step.AF_XDP, why if error in _HOPELESS else f"{self._short} times on end: {why}")
+            self._due_ns = time.monotonic_ns() + self._pause_ns
+            self._pause_ns = min(max(2 * self._pause_ns, FIRST_PAUSE_NS), LAST_PAUSE_NS)
 
     def _set_step(self, step: Step, reason: str | None) -> None:
-        self._proofs = self._directory.words[_PROOFS]
+        self._proofs, self._changes = self._directory.words[_PROOFS], self._directory.words[_CHANGES]
         self.step, self.reason = step, reason
         for lane in self._lanes:
             lane.say_step(step)

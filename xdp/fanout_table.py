@@ -210,7 +210,13 @@ class FanoutTable:
 
     @contextlib.contextmanager
     def probe(self, ifindex: int, mac: bytes) -> Iterator[int]:
-        """An entry that no order names, for FanoutRun.prove(): a frame that nobody takes for his own, from `mac`."""
+        """An entry that no order names, for FanoutRun.prove(): a frame that nobody takes for his own, from `mac`.
+
+        The interface is put into the DEVMAP anew: the kernel strikes one off that leaves the network namespace, even
+        if it comes back with the same number.
+        """
+        if ifindex in self._devices:
+            self._map_device(self._devices[ifindex], ifindex)
         entry = self._write(
             NextHop(ifindex, mac, _PROBE_MAC, _PROBE_SOURCE), _PROBE_DESTINATION, _PROBE_PORT, counted=False
         )
@@ -235,10 +241,14 @@ class FanoutTable:
         said = self._runs.words[sender * RUN_CPUS * _RUN_WORDS + _STEP]
         return Step(said - 1) if said else None
 
-    def vouch(self) -> None:
-        """All interfaces have been proven: senders that stepped down try again with their next publication."""
-        proofs = word("directory", "proofs")
-        self._directory.words[proofs] = (self._directory.words[proofs] + 1) & 0xFFFFFFFF
+    def vouch(self, *, changed: bool = False) -> None:
+        """All interfaces have been proven: senders that stepped down try again with their next publication.
+
+        One that has stepped down again and again waits longer each time, unless a link has `changed`.
+        """
+        for name in ("changes", "proofs") if changed else ("proofs",):
+            at = word("directory", name)
+            self._directory.words[at] = (self._directory.words[at] + 1) & 0xFFFFFFFF
 
     # ── memory ──
 
@@ -272,9 +282,12 @@ class FanoutTable:
         if not self._free_devices:
             raise TableFullError(f"subscribers are reached by {INTERFACES} interfaces already")
         number = self._free_devices[-1]
-        kernel.map_update(self._handover.devices_fd, struct.pack("=I", number), struct.pack("=I", ifindex))
+        self._map_device(number, ifindex)
         self._devices[ifindex] = self._free_devices.pop()
         return number
+
+    def _map_device(self, number: int, ifindex: int) -> None:
+        kernel.map_update(self._handover.devices_fd, struct.pack("=I", number), struct.pack("=I", ifindex))
 
     def _count_device(self, ifindex: int, change: int) -> None:
         self._behind[ifindex] = self._behind.get(ifindex, 0) + change

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, TypeVar
 from xdp import kernel
 from xdp.interfaces import rtnetlink
 from xdp.netdev import XdpFeature, xdp_features
-from xdp.rings import UnsupportedMachineError
 from xdp.xsk import Geometry, Xsk
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def can_be_redirected_to(index: int) -> bool | None:
 def _tried(feature: Feature, trial: Callable[[], str]) -> Probe:
     try:
         return Probe(feature, True, trial())
-    except (OSError, UntriedError, UnsupportedMachineError) as error:
+    except (OSError, UntriedError) as error:
         return _judged(feature, error)
 
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 IFF_UP, IFF_LOOPBACK, IFF_LOWER_UP = 0x1, 0x8, 0x10000
 _ARPHRD_ETHER, _ARPHRD_LOOPBACK = 1, 772
 _SIOCETHTOOL = 0x8946
-_GDRVINFO, _GSTRINGS, _GSSET_INFO, _GFEATURES, _GCHANNELS = 0x03, 0x1B, 0x37, 0x3A, 0x3C
-_FEATURES_SET = 4  # ETH_SS_FEATURES
+_GDRVINFO, _GSTRINGS, _GSTATS, _GSSET_INFO, _GFEATURES, _GCHANNELS = 0x03, 0x1B, 0x1D, 0x37, 0x3A, 0x3C
+_STATS_SET, _FEATURES_SET = 1, 4  # ETH_SS_…
 _XDP_MODES = {"IFLA_XDP_DRV_PROG_ID": "native", "IFLA_XDP_SKB_PROG_ID": "generic", "IFLA_XDP_HW_PROG_ID": "offloaded"}
 
 
@@ -212,18 +212,35 @@ def _ethtool(name: str, command: bytes) -> bytes | None:
     return buffer.raw
 
 
+def _names(name: str, which: int) -> list[str]:
+    """One of the driver's sets of strings; [] where it has none."""
+    counted = _ethtool(name, struct.pack("=IIQI", _GSSET_INFO, 0, 1 << which, 0))
+    count = struct.unpack_from("=I", counted, 16)[0] if counted else 0
+    strings = _ethtool(name, struct.pack("=III", _GSTRINGS, which, count) + bytes(32 * count))
+    if not strings:
+        return []
+    return [strings[12 + 32 * n : 44 + 32 * n].split(b"\0", 1)[0].decode("ascii", "replace") for n in range(count)]
+
+
 def _features(name: str) -> dict[str, bool]:
     """Each feature's name → whether it is on."""
-    counted = _ethtool(name, struct.pack("=IIQI", _GSSET_INFO, 0, 1 << _FEATURES_SET, 0))
-    count = struct.unpack_from("=I", counted, 16)[0] if counted else 0
-    strings = _ethtool(name, struct.pack("=III", _GSTRINGS, _FEATURES_SET, count) + bytes(32 * count))
-    blocks = (count + 31) // 32
+    names = _names(name, _FEATURES_SET)
+    blocks = (len(names) + 31) // 32
     state = _ethtool(name, struct.pack("=II", _GFEATURES, blocks) + bytes(16 * blocks))
-    if not strings or not state:
+    if not state:
         return {}
     active = [struct.unpack_from("=I", state, 8 + 16 * block + 8)[0] for block in range(blocks)]
-    names = (strings[12 + 32 * n : 44 + 32 * n].split(b"\0", 1)[0].decode("ascii", "replace") for n in range(count))
     return {feature: bool(active[n // 32] >> n % 32 & 1) for n, feature in enumerate(names)}
+
+
+def driver_counters(name: str) -> dict[str, int]:
+    """What the driver has counted, by its own names (`ethtool -S`); {} where it counts nothing. Raises OSError."""
+    names = _names(name, _STATS_SET)
+    # It writes as many as it has, asked for or not: with room for more, should queues be added in between.
+    counted = _ethtool(name, struct.pack("=II", _GSTATS, len(names)) + bytes(32 * len(names)))
+    if not counted or struct.unpack_from("=I", counted, 4)[0] != len(names):
+        return {}
+    return dict(zip(names, struct.unpack_from(f"={len(names)}Q", counted, 8), strict=True))
 
 
 # ── news ──

@@ -28,10 +28,12 @@ from xdp.routing import (
     RTM_DELLINK,
     RTM_DELNEIGH,
     RTM_DELROUTE,
+    RTM_DELRULE,
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
+    RTM_NEWRULE,
     Link,
     Routing,
     attributes,
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 LIMIT = SUBSCRIBERS
-_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400
-"""RTMGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
+_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
+"""RTMGRP_LINK, NEIGH, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE."""
 _NEWS_BYTES = 1 << 16
 _NEWS_BUFFER = 4 << 20
 """A change of address behind thousands of neighbours is told by as many messages."""
@@ -80,6 +82,8 @@ class NextHops:
         self._behind: dict[_Neighbour, set[bytes]] = {}
         self._macs: dict[_Neighbour, bytes | None] = {}
         """As they were told last."""
+        self.link_news = 0
+        """How often there was news of an interface that leads to somebody, whatever had changed of it."""
 
     def resolve(self, address: bytes, source: bytes | None = None) -> NextHop | None:
         """How to reach it now, from `source` if named; its changes are told by poll() from now on.
@@ -151,6 +155,7 @@ class NextHops:
             _, _, ifindex, _, _ = LINK.unpack_from(body)
             before = self._links.pop(ifindex, None)
             now = self._link(ifindex) if kind == RTM_NEWLINK else None
+            self.link_news += before != now or any(index == ifindex for index, _ in self._behind)
             if before != now:
                 changed.update(address for address, by in self._by.items() if by is None or by[0] == ifindex)
         elif kind in {RTM_NEWROUTE, RTM_DELROUTE} and len(body) >= ROUTE.size:
@@ -158,7 +163,7 @@ class NextHops:
             prefix = dict(attributes(body, ROUTE.size, len(body))).get(RTA_DST, b"")
             # One to somewhere else is none of ours: a router's table may change all the time.
             changed.update(address for address in self._by if not prefix or _is_within(address, prefix, bits))
-        elif kind in {RTM_NEWADDR, RTM_DELADDR}:
+        elif kind in {RTM_NEWADDR, RTM_DELADDR, RTM_NEWRULE, RTM_DELRULE}:
             changed.update(self._by)
 
     def _link(self, ifindex: int) -> Link | None:

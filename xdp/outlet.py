@@ -79,7 +79,10 @@ class Outlet:
 
     def count_from_here(self) -> None:
         """Counters start anew, for those to whom it is handed over after this."""
-        self._baseline = raw_counters(self.loaded.maps["counters"])
+        self._baseline = self._raw_counters()
+
+    def _raw_counters(self) -> dict[str, int]:
+        return raw_counters(self.loaded.maps["counters"], 0 if self.mirror is None else self.mirror.far_index)
 
     def facts(self) -> Handover:
         """What stands in a hand-over."""
@@ -94,11 +97,12 @@ class Outlet:
     def counters(self) -> dict[str, int]:
         """Of all interfaces, since the last count_from_here(). Raises OSError once `loaded` is closed.
 
-        packets seen, announcements recognised, segments captured and those of them that were surplus, mirrored to the
-        AF_XDP socket, mirrorLost on the way, unmarked (no room for metadata), express (written to the ring buffer) and
-        dropped (it was full), opaqueFlows. The self-test of a further interface counts as well, as one or two.
+        packets seen, announcements recognised, segments captured and those of them that were surplus, mirrored (the
+        AF_XDP socket took them), mirrorLost on the way, socketDropped (no room in it), unmarked (no room for metadata),
+        express (written to the ring buffer) and dropped (it was full), opaqueFlows. The self-test of a further
+        interface counts as well, as one or two.
         """
-        return ingest_counters(self.loaded.maps["counters"], self._baseline)
+        return ingest_counters(self._raw_counters(), self._baseline)
 
     def intact(self) -> bool:
         """Whether the mirror is still there; costs a system call."""

@@ -119,6 +119,11 @@ def judge(facts: Interface, around: Surroundings) -> Prospect:
     if facts.loopback:
         word = Obstacle("the loopback refuses native XDP, and no peer is reached by it", "name another in INTERFACE")
         return Prospect(facts, None, "it is the loopback", limit, (word,), (), around.features)
+    if not facts.ethernet:
+        word = Obstacle(
+            "it carries no Ethernet frames, which the programs read", "name the interface below it in INTERFACE"
+        )
+        return Prospect(facts, None, "the kind of link it is", limit, (word,), (), around.features)
     if facts.xdp:
         taken = tuple(
             Obstacle(

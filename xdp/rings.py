@@ -26,8 +26,8 @@ _INDEX_MASK = MODULUS - 1
 _NONE = range(0)
 
 
-class UnsupportedMachineError(RuntimeError):
-    """This processor's memory order isn't what the rings rely on."""
+class UnsupportedMachineError(OSError):
+    """This processor's memory order isn't what the rings rely on; no errno, for it isn't the kernel that refuses."""
 
 
 class RingCorruptError(RuntimeError):

@@ -97,7 +97,7 @@ def _listen(address: Address) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise HostError(f"API address {address}: {error}") from None
+        raise HostError(f"API_BIND={address}: {getattr(error, 'strerror', None) or error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(bound)
@@ -105,5 +105,5 @@ def _listen(address: Address) -> socket.socket:
         listener.listen(LIMITS["backlog"])
     except OSError as error:
         listener.close()
-        raise HostError(f"API address {address}: {error.strerror}") from None
+        raise HostError(f"API_BIND={address}: {error.strerror or error}") from None
     return listener

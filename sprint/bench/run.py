@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,13 +151,12 @@ def report(name: str, options: Options, *, as_json: bool, plot: Path | None = No
     if plot is not None and draw is not None:
         draw(result, plot)
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))
         return
     for part in ("machine", "results", "ratios"):
         print(f"{part}:")
         for key, value in result[part].items():
             print(f"  {key}: {value}")
-    sys.stdout.flush()
 
 
 def _cpu_model() -> str:

@@ -11,6 +11,7 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Final
 
+from sprint.addresses import Address
 from sprint.deliveries.hello import FULL, MAX_HELLO, TOO_LONG, TOO_SLOW, Hello, Refusal, read_hello, refusal_line
 from sprint.errors import HostError
 from sprint.seats import Seats, private_seats
@@ -42,7 +43,7 @@ def listen(host: str, port: int, *, send_buffer: int, user_timeout_ms: int, reus
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise HostError(f"stream on {host}:{port}: {error.strerror or error}") from None
+        raise HostError(f"STREAM_BIND={Address(host, port)}: {error.strerror or error}") from None
     try:
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,7 +57,7 @@ def listen(host: str, port: int, *, send_buffer: int, user_timeout_ms: int, reus
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise HostError(f"stream on {host}:{port}: {error.strerror or error}") from None
+        raise HostError(f"STREAM_BIND={Address(host, port)}: {error.strerror or error}") from None
     return listener
 
 

@@ -125,6 +125,13 @@ class ShmDelivery:
         self._loop: asyncio.AbstractEventLoop
         self._reception: Reception | None = None
 
+    @staticmethod
+    def try_path(path: Path) -> None:
+        """Raises HostError, as start() would, when no socket can be made at that path; leaves none there."""
+        _listen(path).close()
+        with suppress(OSError):
+            os.unlink(path)
+
     def start(self, loop: asyncio.AbstractEventLoop, path: Path) -> None:
         """Listen on a Unix socket of mode 0660 at `path`, whose directory must exist.
 
@@ -135,7 +142,7 @@ class ShmDelivery:
             # A description of its own: what a reader does to its flags, position or owner reaches none of our own.
             self._read_only = os.open(f"/proc/self/fd/{self._memory.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise HostError(f"shared memory socket {path}: the ring can't be opened again: {error.strerror}") from None
+            raise HostError(f"SHM_SOCKET={path}: the ring can't be opened again: {error.strerror}") from None
         try:
             listener = _listen(path)
         except HostError:
@@ -301,7 +308,7 @@ def _listen(path: Path) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise HostError(f"shared memory socket {path}: {error.strerror or error}") from None
+        raise HostError(f"SHM_SOCKET={path}: {error.strerror or error}") from None
     except HostError:
         listener.close()
         raise
@@ -315,7 +322,7 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise HostError(f"shared memory socket {path}: there is something else than a socket")
+        raise HostError(f"SHM_SOCKET={path}: there is something else than a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -325,7 +332,7 @@ def _remove_stale(path: Path) -> None:
             return
         except BlockingIOError:
             pass  # its backlog is full: somebody listens
-    raise HostError(f"shared memory socket {path}: another server listens on it")
+    raise HostError(f"SHM_SOCKET={path}: another server listens on it")
 
 
 def _user_of(sock: socket.socket) -> int:

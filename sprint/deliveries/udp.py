@@ -113,7 +113,7 @@ class UdpDelivery:
             )[0]
             sock = socket.socket(family, kind, protocol)
         except OSError as error:
-            raise HostError(f"UDP on {address}: {error.strerror or error}") from None
+            raise HostError(f"UDP_BIND={address}: {error.strerror or error}") from None
         try:
             sock.setblocking(False)
             if family == socket.AF_INET6:
@@ -123,7 +123,7 @@ class UdpDelivery:
             sock.bind(found)
         except OSError as error:
             sock.close()
-            raise HostError(f"UDP on {address}: {error.strerror or error}") from None
+            raise HostError(f"UDP_BIND={address}: {error.strerror or error}") from None
         return sock
 
     def start(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Address:

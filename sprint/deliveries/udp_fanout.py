@@ -21,6 +21,7 @@ from sprint.bypass_line import EGRESS, AskingEnd, close_all
 from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.udp_sender import Rung, pack
+from sprint.deliveries.udp_sessions import ANY_HOST
 from sprint.tiers import NS_PER_MS, NS_PER_S, PROFILES, Tier
 from xdp.egress import Egress
 from xdp.fanout_maps import FanoutHandover, Rank, Sender, Step, close_handover
@@ -214,10 +215,14 @@ class RelayFanout:
 class WorkerFanout:
     """The UDP worker's half: who is on which rung. Its descriptor is readable when look() has something to do."""
 
-    def __init__(self, control: socket.socket, source_port: int, log: Any) -> None:
-        """`control`: the worker's end of a line of its own to the bypass. Raises OSError."""
+    def __init__(self, control: socket.socket, source_port: int, log: Any, *, source_host: str = ANY_HOST[0]) -> None:
+        """`control`: the worker's end of a line of its own to the bypass. Raises OSError.
+
+        `source_host` and `source_port`: what the UDP socket is bound to, for that is what subscribers listen to.
+        """
         self._line = AskingEnd(control, EGRESS)
         self._source_port = source_port
+        self._source = None if source_host in ANY_HOST else pack(source_host)
         self._log = log
         self._taken: _Taken | None = None
         self._members: dict[bytes, _Member] = {}
@@ -264,8 +269,9 @@ class WorkerFanout:
         came = self._line.take()
         if came is not None:
             self._take_over(came.facts, came.descriptors)
-            for key, member in self._members.items():
-                self._join(key, member)
+            with self._egress.batch():
+                for key, member in self._members.items():
+                    self._join(key, member)
             changes += [(key, Step(member.rung)) for key, member in self._members.items()]
         changes += self._egress.poll()
         if now_ns >= self._tick_ns:
@@ -299,7 +305,7 @@ class WorkerFanout:
             self._egress = self._open(None)
 
     def _open(self, handover: FanoutHandover | None) -> Egress:
-        egress = Egress(handover, self._source_port)
+        egress = Egress(handover, self._source_port, self._source)
         self._epoll.register(egress.fileno(), select.EPOLLIN)
         self._tick_ns = 0
         return egress

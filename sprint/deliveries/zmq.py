@@ -22,9 +22,11 @@ import zmq
 from sprint import zmq_sockets
 from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.session import latency_origin_ns
+from sprint.deliveries.zmq_guests import FLOOD_NS, Guests
 from sprint.deliveries.zmq_tip import NodeTip
+from sprint.deliveries.zmq_word import PATIENCE_NS, NodeWord
 from sprint.errors import HostError
-from sprint.events import Event, Lapped
+from sprint.events import Event, Lapped, State
 from sprint.histograms import Histogram
 from sprint.record import decode
 from sprint.ring import RingReader
@@ -46,7 +48,7 @@ from sprint.zmq_wire import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sprint.addresses import Address
     from sprint.blocks import BlockStore
@@ -61,6 +63,8 @@ MAX_AWAITED: Final = 64
 REPEAT_S: Final = 1.0
 """A successor says the tip once more after this, when subscribers have come back (libzmq tries every 100 ms)."""
 BACKLOG: Final = 128
+MAX_SUBSCRIBERS: Final = 1_000
+"""Connections at a time. libzmq's own bound on sockets is 1,023; Core's publishers serve a handful."""
 TOPICS: Final = (HASHBLOCK, RAWBLOCK, *PASSED_THROUGH, SPRINT)
 
 
@@ -76,11 +80,16 @@ class ZmqDelivery:
         tier: Tier,
         store: BlockStore,
         write_deadline_ns: int | None = None,
+        max_subscribers: int = MAX_SUBSCRIBERS,
         on_wanted: Callable[[set[bytes]], None] = lambda _topics: None,
+        node_is_heard: Callable[[], bool] = lambda: False,
+        is_hopeless: Callable[[bytes], bool] = lambda _block_hash: False,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """`proof` is the event upon which a block may be the tip: VALIDATED, or PROVEN. `store` is looked into for
-        rawblock. `on_wanted` is told which of PASSED_THROUGH somebody has subscribed to, whenever that changes.
+        rawblock, and `is_hopeless` tells of one that nobody tries to get any longer. `on_wanted` is told which of
+        PASSED_THROUGH somebody has subscribed to, whenever that changes. `node_is_heard`: the operator's node can say
+        by node_has() that it has connected a block; a VALIDATED that isn't its own waits for that.
         """
         profile = PROFILES[tier]
         deadline_ns = profile.write_deadline_ns if write_deadline_ns is None else write_deadline_ns
@@ -91,12 +100,18 @@ class ZmqDelivery:
         self._processing = Histogram(accounts.processing)
         self._store = store
         self._on_wanted = on_wanted
+        self._node_is_heard = node_is_heard
+        self._is_hopeless = is_hopeless
         self._clock = clock
         self._counters = TopicCounters()
         self._tip = NodeTip()
+        self._word = NodeWord(self._tip)
+        self._repeat: asyncio.TimerHandle | None = None
         self._awaited: deque[tuple[bytes, int]] = deque()
         self._prefixes: set[bytes] = set()
-        self._connections: set[int] = set()
+        self._max_subscribers = max_subscribers
+        self._guests = Guests(0, max_subscribers)
+        self._watch: asyncio.TimerHandle | None = None
         self._look_due = False
         self._context: zmq_sockets.Context | None = None
         self._pub: zmq_sockets.Socket
@@ -133,22 +148,27 @@ class ZmqDelivery:
         What the ring holds already was published by a predecessor, or was nobody's news; only the tip is said again.
         """
         self._loop = loop
+        self._guests = Guests(listener.getsockname()[1], self._max_subscribers)
         self._context = zmq_sockets.new_context()
         self._pub, self._monitor = zmq_sockets.publisher(self._context, listener.dup())
         while (item := self._reader.read()) is not None:
             if not isinstance(item, Lapped):
-                self._follow(decode(item))
+                self._follow(decode(item), listening=False)
         self._ledger.accounts.subscribers = 0
         for one in (self._pub, self._monitor):
             loop.add_reader(zmq_sockets.descriptor(one), self._look)
         if self._tip.hash is not None:
-            loop.call_later(REPEAT_S, self._repeat_tip)
+            self._repeat = loop.call_later(REPEAT_S, self._repeat_tip)
         loop.call_soon(self._look)
+        self._watch_guests()
 
     def close(self) -> None:
         """Stop publishing; what libzmq has not sent yet is dropped."""
         if self._context is None:
             return
+        for timer in (self._watch, self._repeat):
+            if timer is not None:
+                timer.cancel()
         for one in (self._pub, self._monitor):
             self._loop.remove_reader(zmq_sockets.descriptor(one))
         zmq_sockets.close(self._pub, self._monitor)
@@ -165,12 +185,9 @@ class ZmqDelivery:
                 self._counters.leave_out(SPRINT, item.lost)
                 continue
             started_ns = self._clock()
-            record = decode(item)
-            change = self._follow(record)
-            if change is not None:
-                self._tell(change)
+            self._tell(self._follow(decode(item), listening=self._node_is_heard()))
             self._send(SPRINT, item)
-            if self._connections:
+            if self._guests:
                 self._ledger.delivered(started_ns, self._clock(), latency_origin_ns(item))
         self._processing.record(self._clock() - began_ns)
 
@@ -184,27 +201,64 @@ class ZmqDelivery:
             block = self._store.get(block_hash)
             if block is not None:
                 self._send(RAWBLOCK, block.payload)
-            elif now_ns >= due_ns or len(self._awaited) > MAX_AWAITED:
+            elif now_ns >= due_ns or len(self._awaited) > MAX_AWAITED or self._is_hopeless(block_hash):
                 self._counters.leave_out(RAWBLOCK, 1)
             else:
                 return
             self._awaited.popleft()
 
-    def pass_through(self, topic: bytes, body: bytes) -> None:
-        """Publish what the operator's node has said; anything that isn't as Core's, and a block's sequence, isn't."""
-        if self._context is not None and is_sound(topic, body):
+    def pass_through(self, topic: bytes, body: bytes, lost: int = 0) -> None:
+        """Publish what the operator's node has said; anything that isn't as Core's, and a block's sequence, isn't.
+
+        `lost` messages of that topic did not come to us, and are left out of our numbers, too.
+        """
+        if self._context is None:
+            return
+        if lost:
+            self._counters.leave_out(topic, lost)
+        if is_sound(topic, body):
             self._send(topic, body)
 
-    def _follow(self, record: Record) -> TipChange | None:
-        self._tip.learn(record.hash, record.header, record.height)
-        return self._tip.advance(record.hash) if record.event is self._proof else None
+    def node_has(self, block_hash: bytes) -> None:
+        """The operator's node has connected a block: by its own word."""
+        if self._context is not None and self._proof is Event.VALIDATED:
+            self._tell(self._advance(self._word.named(block_hash)))
 
-    def _tell(self, change: TipChange) -> None:
-        for block_hash in change.disconnected:
-            self._send(SEQUENCE, sequence_body(block_hash, DISCONNECTED))
-        for block_hash in change.connected:
-            self._send(SEQUENCE, sequence_body(block_hash, CONNECTED))
-        self._tell_tip(change.connected[-1])
+    def node_is_unheard(self) -> None:
+        """Nobody can tell any longer what the operator's node has connected: others' word has to do."""
+        if self._context is not None:
+            self._tell(self._advance(self._word.unheard()))
+
+    def _on_patience(self) -> None:
+        if self._context is not None:
+            self._tell(self._advance(self._word.overdue(self._clock())))
+
+    def _follow(self, record: Record, *, listening: bool) -> list[TipChange]:
+        best = bool(record.state & State.BEST)
+        self._tip.learn(record.hash, record.header, record.height, best=best)
+        if self._proof is not Event.VALIDATED:
+            return self._advance([record.hash]) if record.event is self._proof else []
+        if record.event is not Event.VALIDATED:
+            return self._advance(self._word.learnt(record.hash))
+        # What was found in a catch-up the node may have told before we heard it.
+        waits = listening and not record.state & State.CATCHUP
+        blocks = self._word.validated(record.hash, self._clock(), listening=waits)
+        if not blocks:
+            self._loop.call_later(PATIENCE_NS / NS_PER_S + 0.01, self._on_patience)
+        return self._advance(blocks)
+
+    def _advance(self, blocks: Sequence[bytes]) -> list[TipChange]:
+        return [change for one in blocks if (change := self._tip.advance(one)) is not None]
+
+    def _tell(self, changes: Sequence[TipChange]) -> None:
+        for change in changes:
+            for block_hash in change.disconnected:
+                self._send(SEQUENCE, sequence_body(block_hash, DISCONNECTED))
+            for block_hash in change.connected:
+                self._send(SEQUENCE, sequence_body(block_hash, CONNECTED))
+            self._tell_tip(change.connected[-1])
+            if self._repeat is not None:
+                self._repeat.cancel()  # they have come back: a newer tip is news enough
 
     def _tell_tip(self, tip: bytes) -> None:
         self._send(HASHBLOCK, hash_body(tip))
@@ -220,27 +274,35 @@ class ZmqDelivery:
     def _send(self, topic: bytes, body: bytes) -> None:
         """One message; libzmq drops it for whoever is over the high-water mark, and takes it from us in any case."""
         self._pub.send_multipart([topic, body, self._counters.take(topic)], zmq.NOBLOCK)
-        if not self._look_due:  # a send may have swallowed what the descriptors would tell
+        self._look_soon()  # a send may have swallowed what the descriptors would tell
+        self._accounts.bytes_sent += (len(topic) + len(body) + 4) * len(self._guests)
+
+    def _watch_guests(self) -> None:
+        if self._context is not None:
+            self._accounts.refused += self._guests.end_floods(self._clock())
+            self._watch = self._loop.call_later(FLOOD_NS / NS_PER_S, self._watch_guests)
+
+    def _look_soon(self) -> None:
+        if not self._look_due:
             self._look_due = True
             self._loop.call_soon(self._look)
-        self._accounts.bytes_sent += (len(topic) + len(body) + 4) * len(self._connections)
 
     def _look(self) -> None:
         """What libzmq tells of subscribers: who comes and goes, and what is subscribed to."""
         self._look_due = False
         if self._context is None:
             return
-        for event, descriptor in zmq_sockets.events_of(self._monitor):
+        events = zmq_sockets.events_of(self._monitor)
+        for event, descriptor in events:
             if event == zmq_sockets.ACCEPTED:
                 self._accounts.accepted += 1
-                self._connections.add(descriptor)
-            elif descriptor in self._connections:
+                self._accounts.refused += not self._guests.came(descriptor, self._clock())
+            elif self._guests.went(descriptor):
                 self._accounts.disconnected += 1
-                self._connections.discard(descriptor)
-        self._ledger.accounts.subscribers = len(self._connections)
+        self._ledger.accounts.subscribers = len(self._guests)
         before = wanted_topics(self._prefixes, PASSED_THROUGH)
-        while (said := zmq_sockets.subscription(self._pub)) is not None:
-            subscribes, prefix = said
+        said, more = zmq_sockets.subscriptions(self._pub)
+        for subscribes, prefix in said:
             if not wanted_topics([prefix], TOPICS):  # of nothing that we have: not worth remembering
                 continue
             if subscribes:
@@ -250,3 +312,5 @@ class ZmqDelivery:
         after = wanted_topics(self._prefixes, PASSED_THROUGH)
         if after != before:
             self._on_wanted(after)
+        if more or len(events) == zmq_sockets.MAX_EVENTS:  # of the rest no descriptor tells
+            self._look_soon()

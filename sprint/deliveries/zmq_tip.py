@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from sprint.bitcoin.block import work_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_BLOCKS: Final = 4_096
 """As many as the relay remembers."""
@@ -31,6 +34,7 @@ class _Block(NamedTuple):
     parent: bytes
     height: int
     work: int
+    best: bool
 
 
 class NodeTip:
@@ -42,13 +46,32 @@ class NodeTip:
         self._max_blocks = max_blocks
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
 
-    def learn(self, block_hash: bytes, header: bytes, height: int) -> None:
-        """A block exists: its place in the tree, from its 80 bytes."""
-        if block_hash in self._blocks:
+    def learn(self, block_hash: bytes, header: bytes, height: int, *, best: bool) -> None:
+        """A block exists: its place in the tree, from its 80 bytes; `best`: it is on the best chain as we know it."""
+        known = self._blocks.get(block_hash)
+        if known is not None:
+            if known.best != best:
+                self._blocks[block_hash] = known._replace(best=best)
             return
-        self._blocks[block_hash] = _Block(header[4:36], height, work_of(int.from_bytes(header[72:76], "little")))
+        work = work_of(int.from_bytes(header[72:76], "little"))
+        self._blocks[block_hash] = _Block(header[4:36], height, work, best)
         if len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
+
+    def knows(self, block_hash: bytes) -> bool:
+        """Whether we have learnt of a block, and not forgotten it."""
+        return block_hash in self._blocks
+
+    def ancestors_among(self, candidates: Iterable[bytes], block_hash: bytes) -> list[bytes]:
+        """Those of `candidates`, in their order, that are the block or below it; `candidates` are few."""
+        heights = {one: self._blocks[one].height for one in candidates if one in self._blocks}
+        lowest = min(heights.values(), default=0)
+        line: set[bytes] = set()
+        at = block_hash
+        while (block := self._blocks.get(at)) is not None and block.height >= lowest:
+            line.add(at)
+            at = block.parent
+        return [one for one in heights if one in line]
 
     def advance(self, block_hash: bytes) -> TipChange | None:
         """A block that we have learnt of counts from now on; None: the tip stays where it is."""
@@ -58,6 +81,9 @@ class NodeTip:
         left: list[bytes] = []
         taken: list[bytes] = []
         if old is None:
+            # The tip was there before anything was told: whatever competes with it is no news.
+            if not self._blocks[new].best:
+                return None
             taken = [new]
         elif (fork := self._fork(old, new)) is None:
             # What joins them was never told: all that can be said is which is higher.

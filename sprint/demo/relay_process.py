@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
+from sprint.addresses import parse_address
 from sprint.errors import HostError
+from sprint.inquiry import NoAnswerError, ask
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -55,11 +56,9 @@ class RelayProcess:
             while self._listening is None and self._process.poll() is None and time.monotonic() < deadline:
                 self._changed.wait(0.1)
         while self._listening is not None and self._process.poll() is None and time.monotonic() < deadline:
-            try:
+            with suppress(NoAnswerError):
                 if self.ask("health")["status"] == "ok":
                     return str(self._listening["api"]), str(self._listening["stream"])
-            except (OSError, ValueError):
-                pass
             time.sleep(0.02)
         raise HostError("Sprint did not become healthy; the end of its log:\n" + "\n".join(self.log))
 
@@ -69,13 +68,9 @@ class RelayProcess:
         return None if self._listening is None else self._listening.get("shm")
 
     def ask(self, name: str) -> Any:
-        """One answer of the API, a 503's included."""
+        """One answer of the API, a 503's included. Raises NoAnswerError."""
         assert self._listening is not None
-        try:
-            with urllib.request.urlopen(f"http://{self._listening['api']}/api/{name}", timeout=5) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            return json.load(error)
+        return ask(parse_address(self._listening["api"]), name)
 
     def stop(self) -> None:
         """End it in good order, or else by force."""

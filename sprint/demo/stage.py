@@ -10,11 +10,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +202,14 @@ class Stage:
 
     @staticmethod
     def _start(context: Any, target: Any, arguments: tuple[Any, ...], theirs: Pipe, **keywords: Any) -> None:
-        context.Process(target=target, args=arguments, kwargs=keywords, daemon=True).start()
+        # Ctrl-C is for the demo's first process; one that is still loading has had no time to say so. The tracker comes
+        # first: to start it with its first child, multiprocessing would lift what is blocked here.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            context.Process(target=target, args=arguments, kwargs=keywords, daemon=True).start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
     def _await_bypass(self) -> None:
@@ -276,7 +285,7 @@ def perform(plan: Plan) -> int:
         else:
             _mine_on(stage, plan)
         summary = stage.summary()
-    print(json.dumps(summary, ensure_ascii=False) if plan.as_json else _in_words(summary))
+    print(json.dumps(summary) if plan.as_json else _in_words(summary))
     return 0 if summary["delivered"] == summary["blocks"] * summary["subscribers"] else 1
 
 

@@ -136,9 +136,10 @@ def _mode(prospect: Prospect, running: RunningBypass | None) -> Finding:
     facts = prospect.interface
     check, name = "XDP mode", facts.name
     if running is not None and running.active and name in running.interfaces:
-        state = State.OK if running.mode == "native" else State.DEGRADED
+        mode, why = running.rungs.get(name, running.mode), running.reasons.get(name)
+        state = State.OK if mode == "native" else State.DEGRADED
         remedy = "" if state is State.OK else "the log's line on the kernel bypass tells why it is no higher step"
-        detail = f"{running.mode}: Sprint runs on it now, proven by its self-test"
+        detail = f"{mode}: Sprint runs on it now, proven by its self-test" + (f"; {why}" if why else "")
         return Finding(check, name, state, detail, remedy, Need.BYPASS)
     said = "; ".join(obstacle.what for obstacle in prospect.obstacles)
     remedy = "; ".join(dict.fromkeys(obstacle.remedy for obstacle in prospect.obstacles))

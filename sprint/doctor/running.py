@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sprint.addresses import Address
+from sprint.inquiry import NoAnswerError, fetch
+
 if TYPE_CHECKING:
-    from sprint.addresses import Address
+    from collections.abc import Mapping
 
 TIMEOUT_S = 1.0
-MAX_ANSWER = 1 << 16
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where one that listens everywhere is reached."""
 
@@ -22,31 +23,31 @@ class RunningBypass:
 
     active: bool
     mode: str
+    """The worst among the interfaces."""
     interfaces: tuple[str, ...]
     packets: int
     opaque_flows: int
     reason: str
+    rungs: Mapping[str, str] = field(default_factory=dict)
+    """Each one's own mode, as far as it is told,"""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """and why it is no better one, or none."""
 
 
 def ask(api: Address) -> RunningBypass | None:
     """None when nobody answers there, or somebody else."""
-    connection = http.client.HTTPConnection(_ANY.get(api.host, api.host), api.port, timeout=TIMEOUT_S)
     try:
-        connection.request("GET", "/api/turbo-status")
-        answer = connection.getresponse()
-        body = answer.read(MAX_ANSWER)
-    except (OSError, http.client.HTTPException, UnicodeError):
+        status, body = fetch(Address(_ANY.get(api.host, api.host), api.port), "turbo-status", TIMEOUT_S)
+    except NoAnswerError:
         return None
-    finally:
-        connection.close()
-    return understand(body) if answer.status == 200 else None
+    return understand(body) if status == 200 else None
 
 
 def understand(body: bytes) -> RunningBypass | None:
     """The answer's body; None if it isn't Sprint's."""
     try:
         told = json.loads(body)["kernelBypass"]
-        ingest = told["ingest"]
+        ingest, each = told["ingest"], told.get("attached", [])
         return RunningBypass(
             active=told["active"] is True,
             mode=str(told["mode"]),
@@ -54,6 +55,8 @@ def understand(body: bytes) -> RunningBypass | None:
             packets=int(ingest["packets"]),
             opaque_flows=int(ingest["opaqueFlows"]),
             reason=str(told["reason"] or ""),
+            rungs={str(one["interface"]): str(one["mode"]) for one in each if one["mode"]},
+            reasons={str(one["interface"]): str(one["reason"]) for one in each if one["reason"]},
         )
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sprint.errors import SprintError
 from sprint.tiers import NS_PER_MS, NS_PER_S
 
 if TYPE_CHECKING:
@@ -137,6 +138,9 @@ class Supervisor:
                 self._selector.close()
                 child.main()
                 code = 0
+        except SprintError as error:
+            # Refused on purpose, by the machine for one: where in our code that was tells the operator nothing.
+            self.log.error("Child can't go on", child=child.name, error=str(error))  # noqa: TRY400
         except BaseException:  # reported here, for nobody above may handle it
             traceback.print_exc()
         finally:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOOK_NS = 100_000_000
 """How often a polling loop looks whether something new was handed over: it costs a system call."""
+RETRY_NS = 1_000_000_000
+"""After a capture that could not be opened: its socket's place may be held by what is left of a killed relay."""
 
 
 class BypassSource:
@@ -38,6 +40,7 @@ class BypassSource:
         self._capture: CaptureSource | None = None
         self._captured = -1
         self._look_ns = 0
+        self._retry_ns: int | None = None
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
 
@@ -48,14 +51,17 @@ class BypassSource:
     def poll(self, now_ns: int) -> list[Heard]:
         """What the capture hears."""
         heard = [] if self._capture is None else self._capture.poll(now_ns)
-        if not heard and now_ns >= self._look_ns:
+        if not heard and self._retry_ns is not None and now_ns >= self._retry_ns:
+            self._retry_ns = None
+            self._line.ask()
+        elif not heard and now_ns >= self._look_ns:
             self._look_ns = now_ns + LOOK_NS
-            self._take_over()
+            self._take_over(now_ns)
         return heard
 
     def deadline(self) -> int | None:
-        """The capture's."""
-        return None if self._capture is None else self._capture.deadline()
+        """The capture's, or when one that could not be opened is asked for again."""
+        return self._retry_ns if self._capture is None else self._capture.deadline()
 
     def want(self, want: Want, now_ns: int) -> None:
         """A capture can't ask anybody."""
@@ -71,11 +77,12 @@ class BypassSource:
         self._drop()
         self._epoll.close()
 
-    def _take_over(self) -> None:
+    def _take_over(self, now_ns: int) -> None:
         handed_over = self._line.take()
         if handed_over is None:
             return
         self._drop()
+        self._retry_ns = None
         facts, descriptors = handed_over
         if facts is None:
             close_all(descriptors)
@@ -85,6 +92,7 @@ class BypassSource:
         except OSError as error:
             self._log.warning("Capture can't be opened", reason=str(error))
             close_all(descriptors)
+            self._retry_ns = now_ns + RETRY_NS
             return
         self._captured = self._capture.fileno()
         self._epoll.register(self._captured, select.EPOLLIN)

@@ -54,11 +54,10 @@ class BlockRequests:
     def __contains__(self, block_hash: bytes) -> bool:
         return block_hash in self._wanted
 
-    def want(self, block_hash: bytes, announcer: str, now_ns: int) -> None:
-        """A block is to be fetched; `announcer` may be nobody's name."""
+    def want(self, block_hash: bytes, announcer: str, now_ns: int) -> bytes | None:
+        """A block is to be fetched; `announcer` may be nobody's name. Returns one that is forgone for it, if any."""
         self._wanted.setdefault(block_hash, _Wanted(announcer, now_ns + GIVE_UP_NS))
-        if len(self._wanted) > MAX_WANTED:
-            self._wanted.popitem(last=False)
+        return self._wanted.popitem(last=False)[0] if len(self._wanted) > MAX_WANTED else None
 
     def settle(self, block_hash: bytes) -> None:
         """It is here."""
@@ -153,9 +152,9 @@ class BlockFetcher:
         times = [self._source.deadline(), self.requests.deadline() if self._ready else None]
         return min((one for one in times if one is not None), default=None)
 
-    def want(self, block_hash: bytes, announcer: str) -> None:
-        """Fetch a block; `announcer` is the peer that it was heard of from."""
-        self.requests.want(block_hash, announcer, time.monotonic_ns())
+    def want(self, block_hash: bytes, announcer: str) -> bytes | None:
+        """Fetch a block; `announcer` is the peer that it was heard of from. Returns one that is not fetched for it."""
+        return self.requests.want(block_hash, announcer, time.monotonic_ns())
 
     def received(self, block: FetchedBlock) -> None:
         """A peer sent a block; one that was not asked for is dropped."""

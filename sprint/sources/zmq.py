@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from sprint import zmq_sockets
 from sprint.bitcoin.codec import MalformedError
-from sprint.events import Announcement, MessagesMissed, Sighting, Source
+from sprint.events import Announcement, MessagesMissed, Sighting, Source, State
 from sprint.status import StatusBlock, writing
 from sprint.tiers import NS_PER_S
 from sprint.zmq_sockets import PublisherLink
@@ -39,15 +39,18 @@ MESSAGES_A_TURN: Final = 16
 NAMED: Final = 64
 """Hashes that we remember a publisher to have named."""
 MAX_TOPIC: Final = 16
+RECENT: Final = 4
+"""Rows of the books in which the tip must stand: it is among the newest."""
+_HASH = slice(64, 96)  # of a record
 TOPICS: Final = (HASHBLOCK, RAWBLOCK)
 
 
 class Publisher:
     """One node's publisher: its sockets, its counters, and what the status shows of it."""
 
-    def __init__(self, context: Context, node: Address, tip: bytes) -> None:
+    def __init__(self, context: Context, node: Address, tip: bytes, thread: int) -> None:
         self.name = str(node)
-        self.link = PublisherLink(context, node, TOPICS)
+        self.link = PublisherLink(context, node, TOPICS, thread=thread)
         self.skipped = self.lost = self.received_bytes = 0
         self.more = False
         """Messages may be waiting that no descriptor tells of."""
@@ -75,6 +78,10 @@ class Publisher:
     def has_named(self, block_hash: bytes) -> bool:
         """Whether it has told of that block, or can't be expected to."""
         return block_hash in self._named
+
+    def excuse(self, block_hash: bytes) -> None:
+        """It can't be expected to tell of that block."""
+        self._named.append(block_hash)
 
     def _on_message(self, frames: Frames, seen_ns: int, heard: list[Heard]) -> None:
         try:
@@ -120,10 +127,12 @@ class ZmqSource:
         self._status = status
         self._silent_ns = silent_ns
         self._clock = clock
-        self._context = zmq_sockets.new_context()
+        self._context = zmq_sockets.new_context(len(nodes))
         self._tip_told = tip()
         self._tip_since_ns = clock()
-        self._publishers = [Publisher(self._context, node, self._tip_told) for node in dict.fromkeys(nodes)]
+        self._publishers = [
+            Publisher(self._context, node, self._tip_told, thread) for thread, node in enumerate(dict.fromkeys(nodes))
+        ]
         self._epoll = select.epoll()
         for publisher in self._publishers:
             for descriptor in publisher.link.descriptors():
@@ -160,6 +169,9 @@ class ZmqSource:
         tip, now_ns = self._tip(), self._clock()
         if tip != self._tip_told:
             self._tip_told, self._tip_since_ns = tip, now_ns
+            if not self._is_news(tip):
+                for publisher in self._publishers:
+                    publisher.excuse(tip)
         for publisher in self._publishers:
             index = self._status.peer_index(publisher.name)
             if index is None:
@@ -176,6 +188,13 @@ class ZmqSource:
                 row.lost_messages = publisher.lost
                 row.silent_ns = age_ns if silent else 0
                 row.last_error = link.last_error.encode()[:127]
+
+    def _is_news(self, tip: bytes) -> bool:
+        """Whether a block was announced while we listened: one found in a catch-up a publisher has told of before."""
+        for row in self._status.blocks(RECENT):
+            if bytes(row.record[_HASH]) == tip:
+                return not row.state & State.CATCHUP
+        return False
 
     def close(self) -> None:
         """Leave all publishers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import struct
 import time
 from contextlib import ExitStack, closing
@@ -193,6 +194,15 @@ def test_an_interface_without_ethernet_frames_is_refused(outlet: Outlet, near: N
     assert not interface("point").ethernet
     with pytest.raises(AttachError, match="carries no Ethernet frames"):
         climb(outlet, "point")
+
+
+def test_a_machine_whose_memory_order_the_rings_cannot_rely_on_is_a_reason_and_no_crash(
+    outlet: Outlet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(AttachError, match="native: machine aarch64: rings shared with the kernel need x86-64"):
+        climb(outlet, "alpha")
+    assert interface("alpha").xdp == ()
 
 
 def test_self_tests_while_only_the_mirror_is_in_use_do_not_fill_the_ring_buffer(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.net.netns import Namespace, Veth, veth_pair
 from tests.net.tiny_bpf import EXIT, XDP, XDP_PASS, attach_xdp, load_program, mov
 from xdp import features
@@ -61,9 +62,9 @@ def test_a_kernel_that_should_have_a_feature_has_it(feature: Feature) -> None:
 @needs_root
 def test_trying_everything_leaves_no_link_no_descriptor_and_no_thread() -> None:
     probe_all()
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    descriptors, threads = len(open_descriptors()), threading.active_count()
     probe_all()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(open_descriptors()) == descriptors
     assert threading.active_count() <= threads  # on a very slow machine the first time ran out, and its thread goes on
     assert not {"near", "far"} & {each.name for each in interfaces()}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.net.slowness import SLOWNESS
 from tests.net.tiny_bpf import (
     ARRAY,
@@ -342,13 +343,13 @@ def test_another_kind_of_map_is_refused() -> None:
 
 
 def test_close_gives_back_every_descriptor_and_leaves_the_callers(spinning: Producer) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     reader = RingBuffer.open(spinning.ring)
     spinning.write(1)
     (view,) = reader.poll()
     reader.close()
     reader.close()
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
     with pytest.raises(ValueError, match="released"):
         view[0]
     os.fstat(spinning.ring)

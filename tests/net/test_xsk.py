@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.net.netns import Namespace, Veth, veth_pair
 from tests.net.slowness import SLOWNESS
 from tests.net.tiny_bpf import (
@@ -260,10 +261,10 @@ def test_a_queue_that_is_taken_is_refused_by_name(redirecting: Bench) -> None:
 def test_a_bind_that_fails_says_why_and_leaves_nothing(
     redirecting: Bench, index: int | None, queue: int, flags: BindFlag, reason: str
 ) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with redirecting.far.namespace.entered(), pytest.raises(OSError, match=reason):
         Xsk(redirecting.far.index if index is None else index, queue, flags=flags, geometry=SMALL)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     redirecting.socket(SMALL).close()
 
 

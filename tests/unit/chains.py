@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import HeaderChain
 from sprint.events import Announcement, Block, Event, HeaderRun, PeerGone, PeerReady, Sighting, Source, Want
-from sprint.regtest import RegtestChain
+from sprint.record import Record
+from sprint.regtest import MINED_BY, RegtestChain, mine
 from sprint.relay import Decision, Outcome, Relay
 from sprint.tiers import NS_PER_MS, NS_PER_S
 
@@ -23,6 +24,30 @@ if TYPE_CHECKING:
 
 WALL_S = 1_700_000_000
 MAX_RUN = 2_000
+BITS = REGTEST.pow_limit_bits
+
+
+def blocks(count: int, bits: int = BITS) -> list[MinedBlock]:
+    """A chain from genesis on, each block with the work that `bits` demand."""
+    return _branch(REGTEST.genesis_hash, 0, count, bits, MINED_BY)
+
+
+def fork_of(stage: Stage, height: int, count: int, extra: bytes = b"fork") -> list[MinedBlock]:
+    """A branch of the node's chain from that height on, which the node itself doesn't know."""
+    return _branch(stage.node.headers.hash_at(height), height, count, BITS, extra)
+
+
+def _branch(previous: bytes, height: int, count: int, bits: int, extra: bytes) -> list[MinedBlock]:
+    mined: list[MinedBlock] = []
+    for at in range(height + 1, height + 1 + count):
+        mined.append(mine(previous, at, WALL_S + at, bits, extra))
+        previous = mined[-1].hash
+    return mined
+
+
+def stranger(previous: bytes = b"\x07" * 32, time: int = WALL_S, extra: bytes = b"") -> MinedBlock:
+    """A block of enough work that stands on nothing we know."""
+    return mine(previous, 1, time, BITS, extra)
 
 
 def sighting_of(
@@ -39,6 +64,15 @@ def sighting_of(
     if announcement is not Announcement.CMPCTBLOCK:
         transactions = 0
     return Sighting(Source.P2P, peer, announcement, block.hash, header, seen_ns, transactions, 0, validated=validated)
+
+
+def record_of(sequence: int, block: Block) -> Record:
+    """The block as a ring keeps it, published when it was seen."""
+    return Record(
+        REGTEST.magic, 1, sequence, block.event, block.source, block.state, block.height, block.fork_height,
+        block.next_bits, block.median_time_past, block.transactions, block.size, block.wall_ns, block.hash,
+        block.header, block.seen_ns, block.seen_ns,
+    )  # fmt: skip
 
 
 def headers_of(blocks: Iterable[MinedBlock]) -> bytes:

@@ -22,6 +22,7 @@ from sprint.bitcoin.peer_events import HeadersRequested
 from sprint.errors import RemoteProtocolError
 from sprint.sources.p2p import P2PSource
 from sprint.status import StatusBlock
+from tests.unit.chains import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sprint.status import Peer
 
 T = TypeVar("T")
+FIRST, SECOND_BLOCK, THIRD = blocks(3)
 
 
 class ScriptedPeer:
@@ -178,6 +180,8 @@ class Rig:
         self.status = StatusBlock.create(1, {})
         self.tip_height = 0
         self.skew_ns = 0
+        self.polled_ns = 0
+        """When the source was last asked, by its own clock: what it puts off counts from then."""
         everywhere = [*(listener.address for listener in self.listeners), *addresses]
         self.source = P2PSource(everywhere, REGTEST, lambda: self.tip_height, self.status)
         self.heard: list[Heard] = []
@@ -198,7 +202,8 @@ class Rig:
         select.select([each for each in descriptors if each >= 0], [], [], wait_s)
         for listener in self.listeners:
             listener.pump()
-        heard = self.source.poll(self.now_ns)
+        self.polled_ns = self.now_ns
+        heard = self.source.poll(self.polled_ns)
         self.source.deadline()
         self.heard += heard
         return heard

@@ -8,8 +8,7 @@ from sprint.bitcoin.framing import encode_frame
 from sprint.bitcoin.messages import MSG_BLOCK, MSG_WTX, Headers, Inv
 from sprint.bitcoin.networks import REGTEST
 from sprint.events import Announcement
-from sprint.regtest import mine
-from tests.unit.chains import WALL_S
+from tests.unit.chains import blocks
 from xdp.segments import Backend, Flow, Segment, TcpFlags
 
 if TYPE_CHECKING:
@@ -21,24 +20,12 @@ if TYPE_CHECKING:
 MAGIC = REGTEST.magic
 MASK = 0xFFFF_FFFF
 KINDS = (Announcement.CMPCTBLOCK, Announcement.BLOCK, Announcement.HEADERS, Announcement.INV)
+BLOCKS = blocks(40)
 
 
 def flow_of(number: int = 0) -> Flow:
     """One of many flows."""
     return Flow(number.to_bytes(16, "big"), b"\xff" * 16, 18444, 50_000)
-
-
-def blocks(count: int, bits: int = REGTEST.pow_limit_bits) -> list[MinedBlock]:
-    """A chain from genesis on, each block with the work that `bits` demand."""
-    mined: list[MinedBlock] = []
-    previous = REGTEST.genesis_hash
-    for height in range(1, count + 1):
-        mined.append(mine(previous, height, WALL_S + height, bits))
-        previous = mined[-1].hash
-    return mined
-
-
-BLOCKS = blocks(40)
 
 
 def frame(command: str, payload: bytes) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import gc
 import json
 import mmap
 import os
@@ -246,11 +245,6 @@ def refusal(path: Path, hello: bytes) -> dict[str, Any]:
         assert client.descriptors == []
         assert client.closed()
         return answer
-
-
-def open_descriptors() -> set[str]:
-    gc.collect()  # mappings that earlier tests left hold some
-    return set(os.listdir("/proc/self/fd"))
 
 
 class Local:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sprint.cli_keys import UsageError, period_s
+from sprint.cli_keys import period_s
+from sprint.cli_reporting import UsageError
 from sprint.keys import FILE_NAME, KEY
 
 if TYPE_CHECKING:

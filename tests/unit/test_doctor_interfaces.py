@@ -88,6 +88,18 @@ def test_sprints_own_program_is_nobody_elses(mode: str, state: State) -> None:
         assert named(found, "enp3s0", other)["XDP mode enp3s0"].state is State.MISSING
 
 
+def test_of_several_that_sprint_runs_on_each_has_its_own_mode_and_reason() -> None:
+    beta = replace(NIC, name="beta")
+    why = "interface beta: native: Operation not supported"
+    running = replace(RUNNING, mode="tc", interfaces=("enp3s0", "beta"), rungs={"enp3s0": "native", "beta": "tc"})
+    running = replace(running, reasons={"beta": why})
+    found = [forecast(each, Surroundings(CAN)) for each in (NIC, beta)]
+    told = {each.name: each for each in judge(found, ["enp3s0", "beta"], (), running, chosen=True)}
+    assert (told["XDP mode enp3s0"].state, told["XDP mode enp3s0"].detail[:8]) == (State.OK, "native: ")
+    assert (told["XDP mode beta"].state, told["XDP mode beta"].detail[:4]) == (State.DEGRADED, "tc: ")
+    assert "native: Operation not supported" in told["XDP mode beta"].detail
+
+
 def test_one_that_is_not_captured_is_a_fact_and_no_fault() -> None:
     other = told(NIC, replace(VETH, mtu=9000, lro=True))["interface veth0"]
     assert (other.state, other.remedy, other.need) == (State.OK, "", None)

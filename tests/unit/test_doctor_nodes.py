@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -294,7 +295,15 @@ ANSWER = {
 
 
 def test_the_apis_answer_is_understood() -> None:
-    assert understand(json.dumps(ANSWER).encode()) == RunningBypass(True, "native", ("eth0",), 7, 2, "")
+    plain = RunningBypass(True, "native", ("eth0",), 7, 2, "")
+    assert understand(json.dumps(ANSWER).encode()) == plain
+    each = [
+        {"interface": "eth0", "mode": "native", "active": True, "reason": None},
+        {"interface": "eth1", "mode": None, "active": False, "reason": "interface eth1: No such device"},
+    ]
+    bypass = {**ANSWER["kernelBypass"], "attached": each}
+    expected = replace(plain, rungs={"eth0": "native"}, reasons={"eth1": "interface eth1: No such device"})
+    assert understand(json.dumps({"kernelBypass": bypass}).encode()) == expected
 
 
 @pytest.mark.parametrize(

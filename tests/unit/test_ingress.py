@@ -63,6 +63,14 @@ def test_all_are_attached_at_once_and_handed_over(kernel: PaperKernel) -> None:
     assert kernel.outlets == 1
 
 
+def test_what_either_way_out_had_no_room_for_is_dropped(kernel: PaperKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel.add("alpha", 7)
+    holding = ingress_on(kernel, "alpha")
+    holding.tend(0)
+    monkeypatch.setattr(kernel, "counters", lambda: {**COUNTED, "dropped": 3, "socketDropped": 4, "mirrorLost": 100})
+    assert holding.said()["ingest"]["dropped"] == 7
+
+
 def test_the_mode_is_the_worst_of_those_that_are_active_and_the_reason_names_them(kernel: PaperKernel) -> None:
     kernel.add("alpha", 7)
     kernel.add("beta", 8)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from sprint.bitcoin.codec import MAX_PAYLOAD_SIZE
 from sprint.overheard import MAX_INV_SIZE
 from sprint.reassembly import MAX_GATHERED, Reassembler
-from tests.unit.segments import KINDS, MAGIC, announcement, blocks, flow_of, forged, frame, needed, segment, told
+from tests.unit.chains import blocks
+from tests.unit.segments import KINDS, MAGIC, announcement, flow_of, forged, frame, needed, segment, told
 from xdp.segments import TcpFlags
 
 if TYPE_CHECKING:

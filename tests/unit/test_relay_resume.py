@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from sprint.bitcoin.networks import REGTEST
 from sprint.chain import HeaderChain
 from sprint.events import Announcement, Block, Event, Sighting, State
-from sprint.record import Record
 from sprint.regtest import RegtestChain
 from sprint.relay import Relay
-from tests.unit.chains import MS, WALL_S, Stage, headers_of, sighting_of, told
+from tests.unit.chains import MS, WALL_S, Stage, headers_of, record_of, sighting_of, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,14 +28,6 @@ if TYPE_CHECKING:
 
 PROVEN, VALIDATED, STALE = Event.PROVEN, Event.VALIDATED, Event.STALE
 HEADERS = Announcement.HEADERS
-
-
-def record_of(sequence: int, block: Block) -> Record:
-    return Record(
-        REGTEST.magic, 1, sequence, block.event, block.source, block.state, block.height, block.fork_height,
-        block.next_bits, block.median_time_past, block.transactions, block.size, block.wall_ns, block.hash,
-        block.header, block.seen_ns, block.seen_ns,
-    )  # fmt: skip
 
 
 @dataclass

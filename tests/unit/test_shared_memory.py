@@ -11,6 +11,7 @@ import pytest
 
 from sprint.errors import HostError
 from sprint.shared_memory import SEALS, SharedMemory, map_read_only
+from tests.descriptors import open_descriptors
 from tests.unit.shm_host import ended, fork
 
 PROT_READ, PROT_WRITE = 1, 2
@@ -88,10 +89,10 @@ def test_empty_memory_is_an_error_of_the_host() -> None:
 
 @pytest.mark.parametrize("size", [-1, 1 << 62])
 def test_memory_that_the_kernel_refuses_is_an_error_of_the_host_and_leaves_nothing(size: int) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(HostError, match=f"shared memory test of {size} bytes"):
         SharedMemory("test", size)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_kernel_without_memfd_is_an_error_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

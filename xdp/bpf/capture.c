@@ -3,7 +3,7 @@
  *   classify     XDP on the interface: chooses segments; writes them to the ring buffer, marks them for tc
  *   mirror       tc ingress: clones marked packets to the mirror link
  *   classify_tc  tc ingress, where no XDP program can be: chooses segments itself, and clones them
- *   shorten      tc egress of the mirror link: brings a clone that GRO had joined down to what is needed
+ *   shorten      tc egress of the mirror link: brings a clone that is too large for it down to what is needed
  *   to_xsk       XDP on the mirror link's far end: into the AF_XDP socket
  *
  * The packet itself always goes on, untouched: classify returns XDP_PASS, the tc programs TC_ACT_UNSPEC (TCX_NEXT).
@@ -324,13 +324,13 @@ int classify_tc(struct __sk_buff *skb)
     return TC_ACT_UNSPEC;
 }
 
-/* What GRO had joined is cut up again on its way into the mirror link, 64 KiB into 45 frames for 152 bytes of interest.
- * So those bytes are moved to the front of the clone, as a segment of their own. One of which more is needed than a frame
- * takes stays as it is. */
+/* What GRO had joined is cut up again on its way into the mirror link, 64 KiB into 45 frames for 152 bytes of interest,
+ * and a jumbo frame would be dropped there. So those bytes are moved to the front of the clone, as a segment of their own.
+ * Where more is needed than a frame takes, what had been joined stays as it is, and of a jumbo frame the first are kept. */
 int shorten(struct __sk_buff *skb)
 {
-    u32 zero = 0;
-    if (!skb->gso_size)
+    u32 zero = 0, joined = skb->gso_size;
+    if (!joined && skb->len <= MIRROR_FRAME)
         return TC_ACT_UNSPEC;
     struct counters *n = counters.lookup(&zero);
     struct work *w = works.lookup(&zero);
@@ -343,8 +343,11 @@ int shorten(struct __sk_buff *skb)
         return TC_ACT_UNSPEC;
     u32 from = UNKNOWN(left->skipped), sequence = w->sequence + from;
     u64 size = UNKNOWN(left->wanted), arrival_ns = left->arrival_ns;
-    if (w->start + size > MIRROR_FRAME)
-        return TC_ACT_UNSPEC;
+    if (w->start + size > MIRROR_FRAME) {
+        if (joined)
+            return TC_ACT_UNSPEC;
+        size = MIRROR_FRAME - w->start;
+    }
     FORGET(size);
     if (size < ONE || size > MIRROR_FRAME || bpf_skb_load_bytes(skb, w->start + from, room->payload, size) ||
         bpf_skb_change_tail(skb, w->start + size, 0))

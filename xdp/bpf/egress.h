@@ -45,7 +45,8 @@ struct directory {
     u32 burst;       /* frames without a pause */
     u32 proofs;      /* counts up when all interfaces have been proven: who has stepped down may try again */
     u32 narrow;      /* 1: an interface has one queue only, where two CPUs would overrun each other */
-    u32 zero[9];
+    u32 changes;     /* counts up when a link has changed: who waits before he tries again need wait no longer */
+    u32 zero[8];
 };
 
 /* One run. The first line is its sender's, the second the kernel's. */

@@ -58,7 +58,7 @@ def test_head_and_errors_cross_the_wire(server: ApiServer) -> None:
 def test_a_taken_port_is_refused_at_once_naming_address_and_reason(status: StatusBlock) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(HostError, match=rf"^API address 127\.0\.0\.1:{port}: Address already in use$"):
+        with pytest.raises(HostError, match=rf"^API_BIND=127\.0\.0\.1:{port}: Address already in use$"):
             ApiServer(create_app(status), Address("127.0.0.1", port))
 
 
@@ -76,7 +76,7 @@ def test_two_servers_that_bound_the_same_address_cannot_both_have_it(status: Sta
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "unix:/tmp/sprint.sock", "no.such.host.invalid", "a" * 64])
 def test_a_host_that_is_not_ours_or_no_tcp_address_is_refused(status: StatusBlock, host: str) -> None:
-    with pytest.raises(HostError, match=r"^API address .+: .+"):
+    with pytest.raises(HostError, match=r"^API_BIND=.+: .+"):
         ApiServer(create_app(status), Address(host, 0))
 
 
@@ -90,7 +90,7 @@ def test_stop_frees_the_port_ends_the_threads_and_closes_open_connections(status
     server.stop()
     assert idle.sock.recv(1) == b""
     idle.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # an earlier test's may have ended meanwhile
     socket.create_server(server.address).close()
     server.stop()
 

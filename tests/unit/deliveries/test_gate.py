@@ -20,7 +20,7 @@ from sprint.key_book import KeyBook
 from sprint.keys import FILE_NAME, KeyStore
 from sprint.seats import private_seats
 from sprint.tiers import Tier
-from tests.unit.deliveries.test_stream import Client, Server, run, serving, until
+from tests.unit.deliveries.stream_stage import Client, Server, run, serving, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,6 +22,7 @@ from sprint.record import STATE_OFFSET
 from sprint.ring import Ring
 from sprint.shared_memory import SEALS, map_read_only
 from sprint.tiers import PROFILES, Tier
+from tests.descriptors import open_descriptors
 from tests.unit.shm_host import (
     PATIENCE_S,
     SESSION,
@@ -29,7 +30,6 @@ from tests.unit.shm_host import (
     Host,
     Local,
     on_a_loop,
-    open_descriptors,
     reader,
     record_of,
     refusal,

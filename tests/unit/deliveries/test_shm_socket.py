@@ -18,13 +18,13 @@ import pytest
 from sprint.deliveries import shm
 from sprint.errors import HostError
 from sprint.tiers import Tier
+from tests.descriptors import open_descriptors
 from tests.unit.shm_host import (
     Client,
     Host,
     Local,
     ended,
     fork,
-    open_descriptors,
     reader,
     serving,
     until,
@@ -168,7 +168,7 @@ def test_a_socket_that_a_killed_worker_left_is_replaced(path: Path) -> None:
 
 def test_a_socket_that_somebody_listens_on_is_left_to_them(path: Path) -> None:
     with serving(path):
-        with pytest.raises(HostError, match=f"shared memory socket {path}: another server listens on it"):
+        with pytest.raises(HostError, match=f"SHM_SOCKET={path}: another server listens on it"):
             start_and_close(path)
         with reader(path):
             pass
@@ -204,7 +204,7 @@ def test_a_file_that_is_no_socket_is_not_removed(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing/shm.sock", "x" * 120])
 def test_a_path_that_cannot_be_bound_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(HostError, match=f"shared memory socket {tmp_path / name}: "):
+    with pytest.raises(HostError, match=f"SHM_SOCKET={tmp_path / name}: "):
         start_and_close(tmp_path / name)
 
 

@@ -19,10 +19,10 @@ class Tree:
         self.tip = NodeTip(max_blocks)
         self.heights: dict[str, int] = {}
 
-    def add(self, name: str, parent: str, bits: int = EASY) -> None:
+    def add(self, name: str, parent: str, bits: int = EASY, *, best: bool = True) -> None:
         self.heights[name] = self.heights.get(parent, 0) + 1
         header = struct.pack("<i32s32sIII", 1, hash_of(parent), bytes(32), 0, bits, 0)
-        self.tip.learn(hash_of(name), header, self.heights[name])
+        self.tip.learn(hash_of(name), header, self.heights[name], best=best)
 
     def advance(self, name: str) -> tuple[str, str] | None:
         """(names disconnected, names connected), or None."""
@@ -43,6 +43,31 @@ def test_the_first_block_is_taken_as_it_is() -> None:
     tree.add("a1", "root")
     assert tree.advance("a1") == ("", "a1")
     assert tree.advance("a1") is None, "once"
+
+
+def test_what_competes_with_a_tip_that_was_there_before_anything_was_told_is_not_taken() -> None:
+    tree = Tree()
+    tree.add("b1", "root", best=False)
+    assert tree.advance("b1") is None
+    tree.add("b2", "b1")
+    assert tree.advance("b2") == ("", "b2"), "it has won"
+
+
+def test_a_block_that_has_become_best_since_is_taken() -> None:
+    tree = Tree()
+    tree.add("b1", "root", best=False)
+    tree.add("b1", "root")
+    assert tree.advance("b1") == ("", "b1")
+
+
+def test_of_some_blocks_those_below_another_are_found_in_their_order() -> None:
+    tree = Tree()
+    for name, parent in (("a1", "root"), ("a2", "a1"), ("b2", "a1"), ("a3", "a2")):
+        tree.add(name, parent)
+    candidates = [hash_of(name) for name in ("a1", "b2", "a3", "unknown", "a2")]
+    found = tree.tip.ancestors_among(candidates, hash_of("a3"))
+    assert found == [hash_of(name) for name in ("a1", "a3", "a2")]
+    assert tree.tip.ancestors_among([hash_of("unknown")], hash_of("a3")) == []
 
 
 def test_a_chain_that_grows_is_taken_block_by_block() -> None:

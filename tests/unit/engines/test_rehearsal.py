@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import time
@@ -16,6 +15,7 @@ from sprint.engines import rehearsal as module
 from sprint.engines.rehearsal import BLOCKS, Rehearsal
 from sprint.errors import HostError
 from sprint.sources.upstream import Upstream
+from tests.descriptors import open_descriptors
 
 
 def test_each_performance_publishes_one_block_into_a_ring_of_its_own_and_begins_anew_after_the_last() -> None:
@@ -30,11 +30,11 @@ def test_each_performance_publishes_one_block_into_a_ring_of_its_own_and_begins_
 
 
 def test_it_leaves_no_descriptor_behind() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     rehearsal = open_rehearsal()
     rehearsal.perform()
     rehearsal.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 @pytest.mark.parametrize("end", ["theirs", "ours"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 from sprint.app_relay import open_rehearsal
 from sprint.bitcoin.framing import encode_frame
 from sprint.bitcoin.networks import REGTEST
 from sprint.engines.rehearsal import BLOCKS
 from sprint.events import Sighting, Source
 from sprint.sources.capture import PEERS, Overheard
+from tests.descriptors import open_descriptors
 from tests.unit.segments import BLOCKS as MINED
 from xdp.segments import Backend
 
@@ -29,11 +28,11 @@ def test_each_frame_is_heard_once_and_by_each_backend_in_turn() -> None:
 
 
 def test_each_performance_publishes_one_block_whichever_way_it_comes() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     rehearsal = open_rehearsal(captures=True)
     for number in range(1, 2 * BLOCKS + 2):
         rehearsal.perform()
         assert rehearsal.performed == number
     rehearsal.close()
     rehearsal.perform()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before

@@ -26,6 +26,7 @@ from sprint.regtest import RegtestChain
 from sprint.relay import Relay
 from sprint.ring import Ring, RingWriter, size_for
 from sprint.status import StatusBlock
+from tests.descriptors import open_descriptors
 from tests.unit.chains import WALL_S, headers_of, sighting_of
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def test_what_is_heard_is_published_at_once_and_saved_and_sigterm_ends_it_in_goo
         stop()
         return []
 
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len(open_descriptors())
     stage = _Stage(tmp_path, script)
     RelayLoop(stage.turns, spin=spin).run()
     assert stage.told() == [(Event.PROVEN, block.hash) for block in blocks]
@@ -151,7 +152,7 @@ def test_what_is_heard_is_published_at_once_and_saved_and_sigterm_ends_it_in_goo
     assert stage.saved() == headers_of(blocks)
     assert stage.source.closed
     assert stage.status.relay.proven == 3
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(open_descriptors()) == descriptors
     assert signal.set_wakeup_fd(-1) == -1
 
 

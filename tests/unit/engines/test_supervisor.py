@@ -19,6 +19,7 @@ import pytest
 from sprint.engines import supervisor as module
 from sprint.engines.supervisor import Child, Supervisor
 from sprint.tiers import NS_PER_MS
+from tests.descriptors import open_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -209,7 +210,7 @@ def test_a_childs_exception_prints_a_traceback_and_runs_nothing_of_the_parents(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_children_and_leaves_everything_as_it_was(number: signal.Signals) -> None:
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     family = _Family()
 
     def on_word(_name: str, _pid: int) -> None:
@@ -222,7 +223,7 @@ def test_a_signal_ends_all_children_and_leaves_everything_as_it_was(number: sign
     assert family.log.lines == []
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
 
 
 def test_ctrl_c_is_the_supervisors_and_children_pass_over_it() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from sprint.events import PeerGone, Source
-from sprint.sources.bypass import LOOK_NS, BypassSource
+from sprint.sources.bypass import LOOK_NS, RETRY_NS, BypassSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,6 +90,7 @@ class _Scene:
 @pytest.fixture
 def scene() -> Iterator[_Scene]:
     made = _Scene()
+    made.theirs.settimeout(5.0)
     yield made
     made.source.close()
     made.ours.close()
@@ -189,6 +190,30 @@ def test_a_capture_that_can_t_be_opened_is_told_and_its_descriptors_are_closed(s
     again = scene.hand_over(interface="x0")
     scene.poll()
     assert len(scene.captures) == 1
+    os.close(reading)
+    os.close(again)
+
+
+def test_a_capture_that_can_t_be_opened_is_asked_for_again_after_a_pause(scene: _Scene) -> None:
+    """As when the socket of a killed relay still holds the queue: nothing else would bring another hand-over."""
+    assert scene.theirs.recv(16) == b"capture?"
+    scene.refusal = OSError("another socket holds this queue")
+    reading = scene.hand_over(interface="x0")
+    scene.poll()
+    refused_ns = scene.now_ns
+    assert scene.source.deadline() == refused_ns + RETRY_NS
+    scene.source.poll(refused_ns + RETRY_NS - 1)
+    assert not select.select([scene.theirs], [], [], 0)[0]
+    scene.source.poll(refused_ns + RETRY_NS)
+    assert scene.theirs.recv(16) == b"capture?"
+    assert scene.source.deadline() is None
+    scene.refusal = None
+    again = scene.hand_over(interface="x0")
+    scene.now_ns = refused_ns + RETRY_NS
+    scene.poll()
+    assert len(scene.captures) == 1
+    scene.source.poll(scene.now_ns + 2 * RETRY_NS)
+    assert not select.select([scene.theirs], [], [], 0)[0]
     os.close(reading)
     os.close(again)
 

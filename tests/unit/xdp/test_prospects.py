@@ -66,6 +66,13 @@ CONTROLLED, CSUM, TSO4 = 1 << 2, 1 << 1, 1 << 7  # virtio's feature bits
         (VETH, Surroundings(NOTHING, replace(PEER, tx_queues=2)), "generic", "fewer than the 2 that veth1"),
         (VETH, Surroundings(None, replace(PEER, tx_queues=2)), "generic", "fewer than the 2 that veth1"),
         (replace(NIC, xdp=(AttachedXdp("native", 7, "lb", ()),)), Surroundings(CAN), None, "never replaced"),
+        (
+            replace(NIC, kind="wireguard", driver=None, ethernet=False),
+            Surroundings(NOTHING),
+            None,
+            "no Ethernet frames",
+        ),
+        (replace(NIC, kind="tun", driver="tun", ethernet=False), Surroundings(CAN), None, "no Ethernet frames"),
     ],
 )
 def test_the_mode_follows_from_the_facts(facts: Interface, around: Surroundings, mode: str | None, told: str) -> None:
