@@ -1,4 +1,4 @@
-"""The composition root: with app_memory, the only place that knows sources, deliveries and the API all at once.
+"""The composition root: with its app_* kin, the only place that knows sources, deliveries and the API all at once.
 
 serve() builds everything from a Config, hands collaborators to constructors, runs, and takes everything down again.
 """

@@ -148,6 +148,7 @@ class _OwnedCapture:
         self._capture = Capture(handover)
         self.fileno = self._capture.fileno
         self.poll = self._capture.poll
+        self.deadline = self._capture.deadline
         self.counters = self._capture.counters
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """What every command does alike: a refusal is one line and an exit code, and so is output that can't be written.
 
 Exit codes: 0 done, 1 the machine or a peer refused, 2 wrong usage or a bad configuration value, 130 interrupted, 141
-the reader of our output has gone. Whatever else is raised is a defect of ours, and shows as Python shows it.
+(1, where rich or typer write) the reader of our output has gone. Whatever else is raised is a defect of ours, and shows
+as Python shows it.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from sprint.client_datagrams import DatagramProtocol
 from sprint.client_protocol import ClientProtocol, Subscribed, UnprovenRecordError, check_proof
 from sprint.client_retry import TROUBLE, Pauses
 from sprint.client_udp import datagram_events, datagram_events_async
+from sprint.client_waiting import open_connection, within
 from sprint.events import Lapped
 from sprint.record import Record
 from sprint.shared_reader import SharedReader
@@ -166,12 +167,11 @@ async def events_async(
     protocol = ClientProtocol(key=key, since=since, check_proof=check_proof)
     while True:
         try:
-            opening = asyncio.open_connection(where.host, where.port, limit=_READ)
-            reader, writer = await asyncio.wait_for(opening, ANSWER_TIMEOUT_NS / 1e9)
+            reader, writer = await open_connection(where)
             with closing(writer):
                 writer.write(protocol.connected(time.monotonic_ns()))
                 while True:
-                    data = await asyncio.wait_for(reader.read(_READ), _seconds_left(protocol))
+                    data = await within(_seconds_left(protocol), reader.read(_READ))
                     if not data:
                         raise ConnectionLostError(f"{where} closed the connection")
                     while items := protocol.receive(data, time.monotonic_ns()):

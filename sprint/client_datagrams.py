@@ -13,6 +13,7 @@ and counted. Nothing that comes by datagram ends the connection.
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any, Final
 
 from sprint.addresses import Address, parse_address
@@ -166,6 +167,8 @@ class DatagramProtocol(ClientProtocol):
 
     def _accepted(self, subscribed: Subscribed, answer: dict[str, Any]) -> None:
         arrivals = self._arrivals
+        if arrivals is not None and arrivals.settled >= subscribed.next + AHEAD:
+            arrivals = self._arrivals = None  # somebody told of losses that nobody can have had
         if arrivals is None or subscribed.session != self.session:
             super()._accepted(subscribed, answer)
             assert self.last is not None
@@ -297,5 +300,11 @@ class DatagramProtocol(ClientProtocol):
 
 
 def _server_address(text: str) -> Address:
-    """`host:port`, or `:port`, which is the host that the connection leads to. Raises ValueError."""
-    return Address("", parse_address(f"0.0.0.0{text}").port) if text.startswith(":") else parse_address(text)
+    """`host:port`, or `:port`, which is the host that the connection leads to. Raises ValueError.
+
+    The host is a number, in the spelling that sockets tell: a name would be looked up with each datagram.
+    """
+    if text.startswith(":"):
+        return Address("", parse_address(f"0.0.0.0{text}").port)
+    host, port = parse_address(text)
+    return Address(str(ipaddress.ip_address(host)), port)

@@ -15,6 +15,7 @@ from contextlib import aclosing, closing, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sprint.client_retry import TROUBLE
+from sprint.client_waiting import open_connection, within
 from sprint.datagrams import MAX_FROM_SERVER
 from sprint.subscription import ANSWER_TIMEOUT_NS, ConnectionLostError
 
@@ -192,8 +193,7 @@ async def datagram_events_async(
     with closing(_Inbox()) as inbox:
         while True:
             try:
-                opening = asyncio.open_connection(where.host, where.port, limit=_READ)
-                reader, writer = await asyncio.wait_for(opening, ANSWER_TIMEOUT_NS / 1e9)
+                reader, writer = await open_connection(where)
                 with closing(writer):
                     number = await inbox.open_beside(writer.get_extra_info("socket"))
                     writer.write(protocol.connected(time.monotonic_ns(), number))
@@ -207,7 +207,7 @@ async def datagram_events_async(
             until = time.monotonic() + pause_s
             while (left_s := until - time.monotonic()) > 0:
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(inbox.arrived.wait(), left_s)
+                    await within(left_s, inbox.arrived.wait())
                 for item in inbox.receive(protocol):
                     yield item
 

@@ -1,9 +1,10 @@
 """What the bypass holds for the capture: programs loaded once, an outlet, and a hook on each interface that is wanted.
 
 Owns when what is tried: at once when an interface appears, comes up or has changed, and after a failure at pauses that
-grow from a second to a minute, each interface by itself. A relay's capture depends on the outlet alone, so no
-interface's coming or going disturbs what is heard on the others. Single-threaded; a try takes some 30 ms, one that
-fails up to three seconds.
+grow from a second to a minute, each interface by itself. One on a lower rung climbs again at pauses that grow from half
+a minute to ten, and at once when it has changed: it is without programs meanwhile, mostly for some 30 ms, in which the
+plain sockets serve. A relay's capture depends on the outlet alone, so no interface's coming or going disturbs what is
+heard on the others. Single-threaded; a try takes some 30 ms, one that fails up to three seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sprint.uplinks import Uplinks
 from xdp.attachment import MODES, AttachError, Hook, climb
 from xdp.interfaces import LinkState, interface
 from xdp.loader import Loaded, LoadError, load
+from xdp.netdev import XdpFeature, xdp_features
 from xdp.outlet import Outlet
 from xdp.segments import Backend
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from xdp.interfaces import Interface, LinkChange
 
 FIRST_PAUSE_NS, LAST_PAUSE_NS = NS_PER_S, 60 * NS_PER_S
+FIRST_CLIMB_NS, LAST_CLIMB_NS = 30 * NS_PER_S, 600 * NS_PER_S
+"""On a lower rung, until the upper ones are tried again."""
+SETTLE_NS = 10 * NS_PER_S
+"""After a try, in which an interface's changes may be the try's own: some drivers take the link down for a program."""
 BACKENDS = {"af_xdp": Backend.AF_XDP, "ringbuf": Backend.RINGBUF}
 MAX_REASON, MAX_REASONS = 160, 480
 """Letters of one interface's reason, and of all together: the status block has room for eight."""
@@ -54,6 +60,26 @@ class Pauses:
 
 
 @dataclass(slots=True)
+class Climbs:
+    """When one on a lower rung is to try the upper ones again."""
+
+    due_ns: int = 0
+    next_ns: int = FIRST_CLIMB_NS
+    _tried_ns: int | None = None
+
+    def tried(self, now_ns: int) -> None:
+        """It got no higher."""
+        self._tried_ns = now_ns
+        self.due_ns = now_ns + self.next_ns
+        self.next_ns = min(2 * self.next_ns, LAST_CLIMB_NS)
+
+    def changed(self, now_ns: int) -> None:
+        """The interface did: what failed may be over. Not if it may be a try that has done it."""
+        if self._tried_ns is not None and now_ns - self._tried_ns >= SETTLE_NS:
+            self.due_ns, self.next_ns = now_ns, FIRST_CLIMB_NS
+
+
+@dataclass(slots=True)
 class Place:
     """One interface that is wanted, and how it stands with it."""
 
@@ -66,6 +92,7 @@ class Place:
     stale: bool = True
     """To be looked at."""
     pauses: Pauses = field(default_factory=Pauses)
+    climbs: Climbs = field(default_factory=Climbs)
 
     @property
     def active(self) -> bool:
@@ -125,7 +152,10 @@ class Ingress:
                 self._let_go(place)
                 place.stale = True
             if place.stale:
-                self._look(place)
+                self._look(place, now_ns)
+            if place.active and place.hook is not None and place.hook.reason and now_ns >= place.climbs.due_ns:
+                self._climb_again(place, now_ns)
+                break  # as below
             due = now_ns >= place.pauses.due_ns and place.facts is not None and place.facts[1]
             if place.hook is None and due and not self._try(place, now_ns):
                 break  # it may have taken three seconds: let the caller see to other things first
@@ -146,12 +176,13 @@ class Ingress:
                 self._let_go(place)
         self._places = places
 
-    def _look(self, place: Place) -> None:
+    def _look(self, place: Place, now_ns: int) -> None:
         place.stale = False
         facts = _facts(place.name)
         before, place.facts = place.facts, None if facts is None else (facts.index, facts.up, facts.carrier, facts.mtu)
         if place.facts != before:
             place.pauses.reset()
+            place.climbs.changed(now_ns)
         if facts is None or (place.hook is not None and place.hook.index != facts.index):
             self._let_go(place)
         if place.hook is not None and before is not None and place.facts is not None:
@@ -175,7 +206,17 @@ class Ingress:
             return False
         return True
 
-    def _try(self, place: Place, now_ns: int) -> bool:
+    def _climb_again(self, place: Place, now_ns: int) -> None:
+        """From a lower rung, where a higher one may be had by now; in vain where the driver says that it can't."""
+        assert place.hook is not None
+        if place.hook.mode == MODES[1] and not _may_have_native(place.hook.index):
+            place.climbs.tried(now_ns)
+            return
+        before = place.hook.mode, place.hook.reason
+        self._let_go(place)
+        self._try(place, now_ns, before)
+
+    def _try(self, place: Place, now_ns: int, before: tuple[str, str | None] | None = None) -> bool:
         outlet = self._prepared(now_ns)
         if outlet is None:
             return False
@@ -190,13 +231,18 @@ class Ingress:
             self._proven = True
         place.pauses = Pauses()
         place.reason = None
-        self._log.info(
-            "Kernel bypass active",
-            interface=place.name,
-            mode=place.hook.mode,
-            reason=place.hook.reason or "the first rung of the ladder",
-        )
-        self._look(place)
+        if place.hook.reason is None:
+            place.climbs = Climbs()
+        else:
+            place.climbs.tried(now_ns)
+        if before != (place.hook.mode, place.hook.reason):
+            self._log.info(
+                "Kernel bypass active",
+                interface=place.name,
+                mode=place.hook.mode,
+                reason=place.hook.reason or "the first rung of the ladder",
+            )
+        self._look(place, now_ns)
         return True
 
     def _say(self, place: Place, reason: str | None) -> None:
@@ -270,6 +316,9 @@ class Ingress:
         problems = list(self._uplinks.problems) if self._uplinks is not None else []
         if not places and self._uplinks is not None:
             problems.insert(0, "no interface leads to the internet or to a node")
+        counted = self._outlet.counters() if self._outlet is not None and self._proven else None
+        if counted is not None and counted.get("unmarked"):
+            problems.append(f"{counted['unmarked']} packets not mirrored: their driver leaves no room for XDP metadata")
         reasons = [place.reason for place in places if place.reason is not None] + problems
         if self._reason is not None and (self._reason != LOADING or not reasons):
             reasons = [self._reason]
@@ -288,8 +337,7 @@ class Ingress:
                 for place in places
             ],
         }
-        if self._outlet is not None and self._proven:
-            counted = self._outlet.counters()
+        if counted is not None:
             said["ingest"] = {name: counted.get(name, 0) for name in BYPASS_INACTIVE["ingest"]}
             # By either way. What comes while no relay has a socket there is not: the ring buffer keeps it for the next.
             said["ingest"]["dropped"] += counted.get("socketDropped", 0)
@@ -307,6 +355,15 @@ class Ingress:
             self._loaded = None
         if self._uplinks is not None:
             self._uplinks.close()
+
+
+def _may_have_native(index: int) -> bool:
+    """Unless the driver says that it can't."""
+    try:
+        told = xdp_features(index)
+    except OSError:
+        return True
+    return told is None or bool(told & XdpFeature.BASIC)
 
 
 def _facts(name: str) -> Interface | None:

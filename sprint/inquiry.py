@@ -25,13 +25,13 @@ def fetch(api: Address, name: str, timeout_s: float = TIMEOUT_S) -> tuple[int, b
     connection = http.client.HTTPConnection(api.host, api.port, timeout=timeout_s)
     try:
         connection.request("GET", f"/api/{name}")
-        answer = connection.getresponse()
-        body = answer.read(MAX_ANSWER + 1)
-    except http.client.HTTPException:
-        raise NoAnswerError(f"http://{api}/api/{name}: whoever answers doesn't speak HTTP") from None
+        with connection.getresponse() as answer:
+            body = answer.read(MAX_ANSWER + 1)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise NoAnswerError(f"http://{api}/api/{name}: {reason}") from None
+    except http.client.HTTPException:
+        raise NoAnswerError(f"http://{api}/api/{name}: whoever answers doesn't speak HTTP") from None
     finally:
         connection.close()
     if len(body) > MAX_ANSWER:

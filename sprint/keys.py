@@ -115,7 +115,7 @@ class KeyStore:
             make_file(path)
             self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
-            raise HostError(f"keys in {path}: {error}") from None
+            raise HostError(f"keys in {path}: {getattr(error, 'strerror', None) or error}") from None
         try:
             self._prepare()
         except BaseException:

@@ -41,8 +41,9 @@ CLOSED_AGE_NS = 1_000_000_000
 """After FIN or RST, which may be forged, so that what is half gathered has its chance."""
 MAX_GATHERED = 8
 """Messages half there, a flow: one or two are real. The oldest makes room."""
-MAX_STRAYS = 32
-"""Segments kept, a flow, because the start of what they carry may come late: the window of reordering."""
+MAX_STRAYS = 128
+"""Segments kept, a flow, because the start of what they carry may come late: the window of reordering. As many as come
+until TCP has repeated what was lost, where each is a few bytes long."""
 MAX_FLOW_BYTES = 256 * 1024
 """The longest inv that is read, and beside it strays as large as generic XDP's packets of 64 kB."""
 MAX_TOTAL_BYTES = 16 * 1024 * 1024

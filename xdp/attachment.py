@@ -1,4 +1,4 @@
-"""The supervisor's half of the capture: holds the programs on interfaces, on the highest rung that is proven to work.
+"""The bypass's half of the capture: holds the programs on interfaces, on the highest rung that is proven to work.
 
 Rungs are native XDP, generic XDP, and classification in tc alone. Each interface climbs by itself, and each rung is
 tried with a self-test packet (see selftest) before it is called active. One set of programs, loaded once, serves them

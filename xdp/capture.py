@@ -5,7 +5,9 @@ are what ends with us: the AF_XDP socket and the mappings. So this process may b
 makes a Capture from the same handover; one at a time, since both ways out have exactly one reader.
 
 Rules: payloads are valid until the next poll(), which gives their memory back to the kernel. fileno() stays readable
-until then, so a reader that blocks looks once more after each batch. What can't be parsed is counted. A ring whose
+until then, so a reader that blocks looks once more after each batch. Whoever sleeps is woken once for what comes both
+ways, by the ring buffer, which is first: the mirrored copies are read along with what comes later, and at the latest
+when deadline() says. The mirror wakes by itself where it is the only way. What can't be parsed is counted. A ring whose
 indices contradict each other is given up and counted; the other goes on.
 """
 
@@ -16,6 +18,7 @@ import os
 import select
 import socket
 import struct
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, final
 
@@ -47,6 +50,11 @@ if TYPE_CHECKING:
 
 BATCH = 64
 """Segments of one poll and backend: bounds the time until the caller sees the first."""
+COPY_NS, COPIES = 20_000_000, 32
+"""Mirrored copies of what came out of the ring buffer are in no hurry, and cheaper read together: after that much time,
+or so many arrivals (each may be 45 frames, and the mirror holds 2,048), or when nothing else is to be done."""
+COPY_DUE_NS = (25_000_000, 500_000_000)
+"""After an arrival, when its copy is looked for if nothing else comes: it is there within a millisecond, or lost."""
 _ENTRY = COMMON.layouts["express_entry"]
 _STAMP = COMMON.layouts["mirror_stamp"]
 _COUNTERS = COMMON.layouts["counters"]
@@ -161,8 +169,18 @@ class Capture:
         self._payloads: list[memoryview] = []
         self._holds = False
         """Whether memory is to be given back: asking both rings each time would double the cost of an empty poll."""
-        self._mirror_waits = False
-        """The mirror wasn't looked at, because the ring buffer had something."""
+        self._mirror_due = False
+        """The next poll looks at the mirror, whatever the ring buffer has."""
+        self._mirror_goes_on = False
+        """It had a whole batch: there may be more."""
+        self._handed_out: list[Segment] = []
+        """What a poll had whose first were the ring buffer's, until that is noted."""
+        self._express_spoke = False
+        """The ring buffer had something the last time: whatever is mirrored of it can wait."""
+        self._express_ns = 0
+        """The last arrival in the ring buffer."""
+        self._awaited_ns = self._awaited = 0
+        """The first arrival whose copy may not have been read, 0: there is none; and how many have come since."""
         self._unparsed = self._given_up = 0
         self._epoll = select.epoll()
         try:
@@ -171,22 +189,42 @@ class Capture:
                 self._epoll.register(self._ring.fileno(), select.EPOLLIN)
             if Backend.AF_XDP in handover.backends:
                 self._xsk = self._mirror = open_mirror(handover)
-                self._epoll.register(self._xsk.fileno(), select.EPOLLIN)
+                if self._ring is None:
+                    self._epoll.register(self._xsk.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
             raise
 
     def fileno(self) -> int:
-        """Readable when poll() has something, or has memory to give back; the same as long as the capture lives."""
+        """Readable when poll() has something, or has memory to give back; the same as long as the capture lives.
+
+        Not for mirrored copies of what the ring buffer has had: see deadline().
+        """
         return self._epoll.fileno()
+
+    def deadline(self) -> int | None:
+        """When to poll() even if fileno() isn't readable, CLOCK_MONOTONIC ns; None: no need to."""
+        if self._mirror is None or self._ring is None:
+            return None
+        if self._mirror_goes_on:
+            return 0
+        self._note_express()
+        if self._awaited_ns:
+            now_ns = time.monotonic_ns()
+            for pause_ns in COPY_DUE_NS:
+                if self._awaited_ns + pause_ns > now_ns:
+                    return self._awaited_ns + pause_ns
+            self._awaited_ns = 0
+        return None
 
     def poll(self) -> list[Segment]:
         """What came since the last call, at most BATCH a backend; no system call if nothing.
 
-        What the ring buffer has is returned at once, and the mirror looked at by the next call. Ends the validity of
-        the payloads handed out before.
+        What the ring buffer has is returned at once, and the mirror looked at by a later call. Ends the validity of the
+        payloads handed out before.
         """
         if self._holds:
+            self._note_express()
             self._release()
         segments: list[Segment] = []
         ring = self._ring
@@ -200,12 +238,16 @@ class Capture:
                 if records:
                     self._holds = True
                     self._read_express(ring.data, records, segments)
-                    if segments and not self._mirror_waits:
-                        self._mirror_waits = True
+                    self._handed_out = segments
+                    if segments and not self._mirror_due:
+                        return segments
+                elif self._express_spoke:
+                    self._express_spoke = False
+                    if not self._mirror_due:
                         return segments
         mirror = self._mirror
         if mirror is not None:
-            self._mirror_waits = False
+            self._mirror_due = False
             try:
                 frames = mirror.peek(BATCH)
             except RingCorruptError:
@@ -218,6 +260,18 @@ class Capture:
         if self._holds and not segments:
             self._release()  # at once: nobody will look at them, and fileno() would stay readable
         return segments
+
+    def _note_express(self) -> None:
+        """Of what the ring buffer had the last time: off the hot path, which is over when that is handed out."""
+        if self._handed_out:
+            express = [segment for segment in self._handed_out if segment[0] is _RINGBUF]
+            self._handed_out = []
+            if express:
+                self._express_spoke = True
+                self._express_ns = express[-1][1]
+                self._awaited_ns = self._awaited_ns or express[0][1]
+                self._awaited += len(express)
+                self._mirror_due = self._awaited >= COPIES or self._express_ns - self._awaited_ns >= COPY_NS
 
     def _read_express(
         self, data: memoryview, records: list[tuple[int, int]], segments: list[Segment]
@@ -236,6 +290,7 @@ class Capture:
             segments.append(make(Segment, (_RINGBUF, arrival, flow, sequence, FLAGS[flags], length, payload)))
 
     def _read_mirrored(self, frames: list[memoryview], segments: list[Segment]) -> None:
+        known = len(segments)
         for frame in frames:
             segment = _mirrored(frame)
             if segment is None:
@@ -245,13 +300,17 @@ class Capture:
                 assert isinstance(payload, memoryview)
                 self._payloads.append(payload)
                 segments.append(segment)
+        self._mirror_goes_on = len(frames) == BATCH
+        if len(segments) > known:
+            self._awaited = 0
+            self._awaited_ns = 0 if segments[-1][1] >= self._express_ns else self._express_ns
 
     def _release(self) -> None:
         # So that a stale payload can't be read as somebody else's bytes, nor hold a mapping.
         for payload in self._payloads:
             payload.release()
         self._payloads.clear()
-        self._holds = False
+        self._holds = self._mirror_goes_on = False
         if self._ring is not None:
             self._ring.release()
         if self._mirror is not None:
@@ -259,8 +318,12 @@ class Capture:
 
     def _give_up(self, backend: RingBuffer | Mirror) -> None:
         self._given_up += 1
-        if isinstance(backend, RingBuffer | Xsk):
+        if isinstance(backend, RingBuffer):
             self._epoll.unregister(backend.fileno())
+            if self._xsk is not None:
+                self._epoll.register(self._xsk.fileno(), select.EPOLLIN)  # from now on it is what wakes
+        elif self._ring is None and self._xsk is not None:
+            self._epoll.unregister(self._xsk.fileno())
         backend.close()
 
     def counters(self) -> dict[str, int]:

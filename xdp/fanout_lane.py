@@ -24,6 +24,7 @@ from xdp.fanout_maps import BATCH, EGRESS, PAYLOAD_LIMIT, FanoutHandover, Mapped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+LOSSES = EGRESS.constants["LOSSES"]
 _RUN = EGRESS.layouts["run"]
 _RUN_WORDS, _RUN_LONGS = _RUN.size // 4, _RUN.size // 8
 _PAYLOAD = _RUN.offset("payload")
@@ -33,6 +34,7 @@ _LENGTH, _SUM, _FRAME, _CURSOR = (word("run", name) for name in ("length", "payl
 _SKIPPED, _ATTEMPTED, _TRANSMITTED, _DROPPED = (
     word("run", name) for name in ("skipped", "attempted", "transmitted", "dropped")
 )
+_LOSSES, _LOST_END, _LOST_COUNT = (word("run", name) for name in ("losses", "lost_end[0]", "lost_count[0]"))
 _BEGAN, _FIRST_ENDED, _ENDED = (long("run", name) for name in ("began_ns", "first_ended_ns", "ended_ns"))
 _SLEEP_NS = 100_000
 """What a sleep may be late by."""
@@ -113,6 +115,7 @@ class Lane:
         words[_PLACE], words[_STRIDE], words[_COUNT], words[_FIRST] = place, stride, count, first
         words[_LENGTH], words[_SUM], words[_DIRECT] = length, word_sum(payload), direct
         words[_CURSOR] = words[_SKIPPED] = words[_ATTEMPTED] = words[_TRANSMITTED] = words[_DROPPED] = 0
+        words[_LOSSES] = 0
         longs[_BEGAN] = longs[_FIRST_ENDED] = longs[_ENDED] = 0
         self._payload[:length] = payload
         size = length + (IPV6_HEADERS if ipv6 else IPV4_HEADERS)
@@ -157,6 +160,18 @@ class Lane:
             *(words[_ATTEMPTED], words[_TRANSMITTED], words[_SKIPPED]),
             *(longs[_BEGAN], longs[_FIRST_ENDED], longs[_ENDED]),
         )
+
+    @property
+    def losses(self) -> int:
+        """Stretches of the last run that a driver refused; see lost()."""
+        return self._words[_LOSSES]
+
+    def lost(self) -> list[tuple[int, int]]:
+        """First turn and length of each stretch of the last run that a driver refused, as far as they are noted."""
+        words, count = self._words, self._words[_COUNT]
+        noted = range(min(words[_LOSSES], LOSSES))
+        stretches = [(words[_LOST_END + n] - words[_LOST_COUNT + n], words[_LOST_COUNT + n]) for n in noted]
+        return [(first, length) for first, length in stretches if first >= 0 and 0 < length <= count - first]
 
     def close(self) -> None:
         """Before the memory is unmapped."""

@@ -15,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from xdp import kernel
-from xdp.datagrams import NextHop, udp_headers
+from xdp.datagrams import IPV6_HEADERS, NextHop, udp_headers
 from xdp.fanout_maps import (
     EGRESS,
     ENTRIES,
@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 _SUBSCRIBER = EGRESS.layouts["subscriber"]
 _SNAPSHOT_WORDS = EGRESS.layouts["snapshot"].size // 4
 _RUN_WORDS, _RUN_LONGS = EGRESS.layouts["run"].size // 4, EGRESS.layouts["run"].size // 8
-_ENTRY = struct.Struct("=BxHII64s")
+_ENTRY_HEADERS = EGRESS.constants["ENTRY_HEADERS"]
+_ENTRY = struct.Struct(f"=BxHII{_ENTRY_HEADERS}s")
 """From `size` on."""
+_REST = struct.Struct(f"={IPV6_HEADERS - _ENTRY_HEADERS}s")
+"""From `headers` on."""
 if " ".join(m.name for m in _SUBSCRIBER.members[:7]) != "active size zero device ip_sum udp_sum headers[0]":
     raise ImportError("egress.h: struct subscriber isn't what fanout_table writes")
 _ENTRY_WORDS, _ENTRY_LONGS, _ACTIVE = _SUBSCRIBER.size // 4, _SUBSCRIBER.size // 8, word("subscriber", "active")
@@ -90,7 +93,7 @@ class FanoutTable:
                 undo.callback(area.close)
                 return area
 
-            self._entries = mapped(handover.subscribers_fd, _SUBSCRIBER.size, ENTRIES)
+            self._entries = mapped(handover.subscribers_fd, _SUBSCRIBER.size, 2 * ENTRIES)
             self._orders = mapped(handover.orders_fd, 4, SNAPSHOTS * SUBSCRIBERS)
             self._snapshots = mapped(handover.snapshots_fd, EGRESS.layouts["snapshot"].size, SNAPSHOTS)
             self._directory = mapped(handover.directory_fd, EGRESS.layouts["directory"].size, 1)
@@ -263,6 +266,9 @@ class FanoutTable:
         _ENTRY.pack_into(
             self._entries.bytes, at + 4, len(headers.frame), device, headers.ip_sum, headers.udp_sum, headers.frame
         )
+        if len(headers.frame) > _ENTRY_HEADERS:
+            rest = (entry + ENTRIES) * _SUBSCRIBER.size + _FIRST_HEADERS * 8
+            _REST.pack_into(self._entries.bytes, rest, headers.frame[_ENTRY_HEADERS:])
         self._entries.words[entry * _ENTRY_WORDS + _ACTIVE] = 1
         return entry
 
@@ -311,7 +317,9 @@ class FanoutTable:
         self._orders.words[at + len(first) : at + count] = memoryview(second)
         base = number * (EGRESS.layouts["snapshot"].size // 4)
         self._snapshots.longs[base // 2 + long("snapshot", "version")] = version
-        for name, value in (("first", len(first)), ("count", count), ("with_ipv6", int(self._ipv6 > 0))):
+        interfaces = sum(1 for reached in self._behind.values() if reached)
+        values = {"first": len(first), "count": count, "with_ipv6": int(self._ipv6 > 0), "interfaces": interfaces}
+        for name, value in values.items():
             self._snapshots.words[base + word("snapshot", name)] = value
         self._directory.longs[long("directory", "version")] = self._version = version
         self._free.extend((entry, version) for entry in self._leaving)

@@ -18,7 +18,7 @@ MAP_LOOKUP_ELEM, MAP_UPDATE_ELEM, MAP_DELETE_ELEM, MAP_GET_NEXT_KEY = 1, 2, 3, 4
 PROG_TEST_RUN = 10
 PROG_GET_FD_BY_ID = 13
 OBJ_GET_INFO_BY_FD = 15
-LINK_CREATE, LINK_UPDATE, LINK_GET_FD_BY_ID, LINK_GET_NEXT_ID, LINK_DETACH = 28, 29, 30, 31, 34
+LINK_CREATE, LINK_GET_FD_BY_ID, LINK_GET_NEXT_ID, LINK_DETACH = 28, 30, 31, 34
 COMMAND_NAMES = {
     MAP_LOOKUP_ELEM: "BPF_MAP_LOOKUP_ELEM",
     MAP_UPDATE_ELEM: "BPF_MAP_UPDATE_ELEM",
@@ -28,7 +28,6 @@ COMMAND_NAMES = {
     PROG_GET_FD_BY_ID: "BPF_PROG_GET_FD_BY_ID",
     OBJ_GET_INFO_BY_FD: "BPF_OBJ_GET_INFO_BY_FD",
     LINK_CREATE: "BPF_LINK_CREATE",
-    LINK_UPDATE: "BPF_LINK_UPDATE",
     LINK_GET_FD_BY_ID: "BPF_LINK_GET_FD_BY_ID",
     LINK_GET_NEXT_ID: "BPF_LINK_GET_NEXT_ID",
     LINK_DETACH: "BPF_LINK_DETACH",
@@ -129,11 +128,6 @@ def link_create(program_fd: int, ifindex: int, attach_type: int, flags: int = 0)
     fd, _ = bpf(LINK_CREATE, struct.pack("=IIII", program_fd, ifindex, attach_type, flags) + bytes(48))
     os.set_inheritable(fd, False)
     return fd
-
-
-def link_update(link_fd: int, program_fd: int) -> None:
-    """Puts another program in the link's place, without a packet passing by in between."""
-    bpf(LINK_UPDATE, struct.pack("=IIII", link_fd, program_fd, 0, 0))
 
 
 # ── what a descriptor stands for ──

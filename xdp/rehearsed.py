@@ -94,6 +94,10 @@ class RehearsedCapture:
         """As Capture.poll()."""
         return self._capture.poll()
 
+    def deadline(self) -> int | None:
+        """As Capture.deadline()."""
+        return self._capture.deadline()
+
     def counters(self) -> dict[str, int]:
         """None."""
         return {}

@@ -6,7 +6,6 @@ start(), behind any fork. TCP only.
 
 from __future__ import annotations
 
-import socket
 import threading
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -14,7 +13,7 @@ from waitress import wasyncore
 from waitress.server import create_server
 
 from sprint.addresses import Address
-from sprint.errors import HostError
+from sprint.binding import listening
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,7 +44,7 @@ class ApiServer:
     def __init__(self, app: Flask, address: Address) -> None:
         """Bind the address; port 0 takes a free one. Raises HostError when it can't be bound."""
         self._app = app
-        self._socket = _listen(address)
+        self._socket = listening("API_BIND", address, LIMITS["backlog"])
         host, port = self._socket.getsockname()[:2]
         self.address = Address(host, port)
         """What is bound in fact."""
@@ -88,22 +87,3 @@ class ApiServer:
         finally:
             self._server.task_dispatcher.shutdown()
             wasyncore.close_all(self._map)
-
-
-def _listen(address: Address) -> socket.socket:
-    try:
-        family, kind, protocol, _, bound = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise HostError(f"API_BIND={address}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(bound)
-        # Two sockets with SO_REUSEADDR may share an address until one listens.
-        listener.listen(LIMITS["backlog"])
-    except OSError as error:
-        listener.close()
-        raise HostError(f"API_BIND={address}: {error.strerror or error}") from None
-    return listener

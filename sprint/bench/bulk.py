@@ -248,7 +248,9 @@ def _read(control: Pipe, handover: Handover) -> None:
         selector.register(control.fileno(), selectors.EVENT_READ)
         control.send("reading")
         while True:
-            ready = selector.select(0 if source.deadline() is not None else None)
+            due_ns = source.deadline()
+            wait_s = None if due_ns is None else max(0, due_ns - time.monotonic_ns()) / NS_PER_S
+            ready = selector.select(wait_s)
             heard += len(source.poll(time.monotonic_ns()))
             if any(key.fileobj == control.fileno() for key, _ in ready):
                 control.recv()

@@ -137,6 +137,7 @@ class Seen:
         self._capture = capture
         self._poll = capture.poll
         self.fileno, self.counters, self.close = capture.fileno, capture.counters, capture.close
+        self.deadline = capture.deadline
         self.seen_ns = 0
 
     def poll(self) -> list[Segment]:
@@ -171,6 +172,10 @@ class PacketCapture:
             return []
         segment = parse_frame(self._buffer[:size])
         return [] if segment is None else [segment]
+
+    def deadline(self) -> int | None:
+        """The descriptor says everything."""
+        return None
 
     def counters(self) -> dict[str, int]:
         """It counts nothing."""

@@ -6,9 +6,11 @@ read and stamp: what arrives, the far end's own cost included, which on one mach
 record also goes out by TCP: our stream, libzmq, Redis and NATS, each with two receiving processes of its own.
 
 All ways take turns in each round, and take turns at being first. Times begin right before the publishing call, and all
-clocks are CLOCK_MONOTONIC. A publication that didn't reach everybody has no time, but counts as loss. The sender, or
-server, has one CPU and the receivers another, where there are two. Live frames on two CPUs take the receivers' as well,
-which on the wire is idle; libzmq and NATS, whose threads use it, have all, and Redis, which is the slower for it, one.
+clocks are CLOCK_MONOTONIC. On the wire the sender is awake (fanout_datagrams), as the product's relay is; to the number
+that the ratios are of, it also sends after having slept, as every publisher to sockets does. A publication that didn't
+reach everybody has no time, but counts as loss. The sender, or server, has one CPU and the receivers another, where
+there are two. Live frames on two CPUs take the receivers' as well, which on the wire is idle; libzmq and NATS, whose
+threads use it, have all, and Redis, which is the slower for it, one.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ WARM_UP = 3
 SETTLE_S = 0.02
 """Between two publications, so that what the last one left to do doesn't fall into the next."""
 PATIENCE_S = 3.0
+CLOCK_EACH = 8
+"""Frames for which the far end reads its clock once: it runs on the sender's CPU, as no real wire's far end does."""
 SPARE_DESCRIPTORS = 128
 _WIRE_WAYS = (LIVE, LIVE_TWO, AF_XDP, SENDMMSG)
 _UDP_WAYS = (LIVE, AF_XDP, SENDMMSG)
@@ -78,6 +82,7 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
     most, rounds = settings["subscribers"], settings["rounds"]
     sizes = [*(size for size in SIZES if size < most), most]
     sockets_most = min(most, SUBSCRIBERS, _allow_descriptors() - SPARE_DESCRIPTORS)
+    reference = max(size for size in sizes if size <= SUBSCRIBERS)
     cpus = _cpus()
     progress("loading and connecting", 0, 1)
     enter_namespace()
@@ -85,16 +90,19 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
         with ExitStack() as stack:
             bench = _Bench(stack, cpus, most, sockets_most)
             progress("loading and connecting", 1, 1)
-            measured = [bench.measure_size(size, rounds, progress) for size in sizes]
+            measured = [bench.measure_size(size, rounds, progress, both=size == reference) for size in sizes]
     except (LoadError, OSError) as error:
         raise HostError(f"fanout: {error}") from None
-    reference = max(size for size in sizes if size <= SUBSCRIBERS)
     at_reference = next(one for one in measured if one["subscribers"] == reference)
-    wire, sockets = at_reference["wire"], at_reference["sockets"] or {}
+    wire, asleep, sockets = at_reference["wire"], at_reference["wire_asleep"], at_reference["sockets"] or {}
     live = [
         (one["subscribers"], found[way])
         for one in measured
-        for found, ways in ((one["wire"], (LIVE, LIVE_TWO)), (one["sockets"] or {}, (LIVE,)))
+        for found, ways in (
+            (one["wire"], (LIVE, LIVE_TWO)),
+            (one["wire_asleep"] or {}, (LIVE, LIVE_TWO)),
+            (one["sockets"] or {}, (LIVE,)),
+        )
         for way in ways
         if way in found
     ]
@@ -103,6 +111,8 @@ def measure(settings: dict[str, Any], progress: Progress) -> dict[str, Any]:
             "reference_subscribers": reference,
             "live_wire_last_ms_p50": last_ms(wire, LIVE),
             "live_wire_two_cpus_last_ms_p50": last_ms(wire, LIVE_TWO),
+            "live_wire_asleep_last_ms_p50": last_ms(asleep, LIVE),
+            "live_wire_asleep_vs_sendmmsg_wire_asleep": ratios(asleep, {})["live_wire_vs_sendmmsg_wire"],
             "live_sockets_last_ms_p50": last_ms(sockets, LIVE),
             "loss_before_repair": round(loss(live), 8),
             "sizes": measured,
@@ -163,7 +173,7 @@ class _Bench:
         self.left_out: dict[str, str] = {}
         self.join_us = 0.0
         self._number = self._connected = 0
-        self._sink = stack.enter_context(Sink())
+        self._sink = stack.enter_context(Sink(CLOCK_EACH))
         self._far = self._helper(be_far_end, cpus.receivers[0])
         wire = lay(self._far)
         self._far_pid = self._far.ask("pid")
@@ -209,29 +219,31 @@ class _Bench:
 
     # ── one number of subscribers ──
 
-    def measure_size(self, size: int, rounds: int | None, progress: Progress) -> dict[str, Any]:
-        """Both measurements; the second is None beyond what sockets can be had for."""
+    def measure_size(self, size: int, rounds: int | None, progress: Progress, *, both: bool) -> dict[str, Any]:
+        """On the wire awake, and if `both` asleep; to sockets where so many can be had. Else None."""
         join_ns = self._datagrams.ask("place", size, True)
         self.join_us = round(join_ns / 1_000, 2)
         wire_rounds = rounds or (WIRE_ROUNDS if size <= SUBSCRIBERS else WIRE_ROUNDS_OF_MANY)
-        wire = self._measure_wire(size, wire_rounds, progress)
+        wire = self._measure_wire(size, wire_rounds, progress, awake=True)
+        asleep = self._measure_wire(size, wire_rounds, progress, awake=False) if both else None
         sockets = None
         if size <= self._sockets_most:
             self._datagrams.ask("place", size, False)
             self._connect(size, progress)
             sockets = self._measure_sockets(size, rounds or SOCKET_ROUNDS, progress)
-        return {"subscribers": size, "wire": wire, "sockets": sockets}
+        return {"subscribers": size, "wire": wire, "wire_asleep": asleep, "sockets": sockets}
 
-    def _measure_wire(self, size: int, rounds: int, progress: Progress) -> dict[str, Any]:
-        step = f"{size:,} on the wire"
+    def _measure_wire(self, size: int, rounds: int, progress: Progress, *, awake: bool) -> dict[str, Any]:
+        step = f"{size:,} on the wire" + ("" if awake else ", the sender asleep")
         noted = {way: Rounds(size) for way in self._wire_ways}
         self._far.ask("sink", self._sink.program_fd)
         for number in range(-WARM_UP, rounds):
             progress(step, max(0, number), rounds)
             for way in _rotated(self._wire_ways, number):
                 self._sink.clear(size)
-                time.sleep(SETTLE_S)
-                sent = self._datagrams.ask("publish", way, self._record())
+                if not awake:
+                    time.sleep(SETTLE_S)
+                sent = self._datagrams.ask("publish", way, self._record(), SETTLE_S if awake else 0.0)
                 self._sink.wait(size, PATIENCE_S)
                 arrivals = self._sink.read(size)
                 if arrivals.sequences - {0} != {self._number}:

@@ -17,9 +17,6 @@ PEERS = ("libzmq", "redis", "nats")
 """By TCP, each; ours is STREAM."""
 _POINTS = (("first", 0.0), ("median", 50.0), ("p99_9", 99.9), ("last", 100.0))
 
-Figures = dict[str, dict[str, Any]]
-"""Of one number of subscribers: by way, its figures."""
-
 
 class Sent(NamedTuple):
     """What a publisher says of one publication; times are CLOCK_MONOTONIC ns."""

@@ -2,7 +2,7 @@
 
 A subscriber is a UDP port. The XDP program (xdp/bpf/arrivals.c) stamps the first frame of each with CLOCK_MONOTONIC and
 drops it, as it drops those of a block's later records: no socket, no copy, nothing that a subscriber's own machine
-would have to pay for.
+would have to pay for. By default it reads the clock for each of them (arrivals.c says what else it can do, and why).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _LAYOUT = parse_common((BPF_FOLDER / "arrivals.h").read_text())
 _ARRIVAL = _LAYOUT.layouts["arrival"]
 _LONGS, _WORDS = _ARRIVAL.size // 8, _ARRIVAL.size // 4
 _LOOK_S = 0.0005
+_EXACT = 16
+"""The last subscribers, whose times are exact whatever the others' are."""
 
 
 class Arrivals(NamedTuple):
@@ -47,10 +49,14 @@ class Arrivals(NamedTuple):
 class Sink:
     """The program, loaded, and its memory; a context manager. Whoever is in the far namespace attaches `program_fd`."""
 
-    def __init__(self) -> None:
-        """Load it: takes some seconds. Raises LoadError, OSError."""
+    def __init__(self, clock_each: int = 1) -> None:
+        """Load it: takes some seconds. With `clock_each`, the clock is read for each so many frames only.
+
+        Raises LoadError, OSError.
+        """
         with ExitStack() as undo:
-            programs, maps = load_in_child("arrivals.c", {"stamp": "XDP"}, ["arrivals"], {"SOURCE_PORT": SOURCE_PORT})
+            defines = {"SOURCE_PORT": SOURCE_PORT, "CLOCK_EACH": clock_each}
+            programs, maps = load_in_child("arrivals.c", {"stamp": "XDP"}, ["arrivals"], defines)
             self.program_fd = programs["stamp"]
             for descriptor in (*programs.values(), *maps.values()):
                 undo.callback(os.close, descriptor)
@@ -62,6 +68,8 @@ class Sink:
         """Forget what the first so many have got."""
         start, size = FIRST_PORT * _ARRIVAL.size, subscribers * _ARRIVAL.size
         self._area.bytes[start : start + size] = bytes(size)
+        exact = start + size - min(subscribers, _EXACT) * _ARRIVAL.size + _ARRIVAL.offset("exact")
+        self._area.bytes[exact : start + size : _ARRIVAL.size] = bytes([1]) * min(subscribers, _EXACT)
 
     def wait(self, subscribers: int, patience_s: float) -> bool:
         """Until each of the first so many has got a frame; False: some haven't when time is up."""
@@ -80,10 +88,9 @@ class Sink:
         at_ns, seen_ns, sequences = (
             longs[self._slice(name, subscribers)].tolist() for name in ("at_ns", "seen_ns", "sequence")
         )
-        start, stop = FIRST_PORT * _WORDS, (FIRST_PORT + subscribers) * _WORDS
-        sources, frames = (
-            words[start + _ARRIVAL.offset(name) // 4 : stop : _WORDS].tolist() for name in ("source", "frames")
-        )
+        start, stop = FIRST_PORT * _ARRIVAL.size, (FIRST_PORT + subscribers) * _ARRIVAL.size
+        sources = self._area.bytes[start + _ARRIVAL.offset("source") : stop : _ARRIVAL.size].tolist()
+        frames = words[(start + _ARRIVAL.offset("frames")) // 4 : stop // 4 : _WORDS].tolist()
         came = subscribers - at_ns.count(0)
         return Arrivals(at_ns, seen_ns, set(sources), set(sequences), sum(frames) - came)
 

@@ -12,8 +12,8 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import Address
+from sprint.binding import listening
 from sprint.deliveries.hello import FULL, MAX_HELLO, TOO_LONG, TOO_SLOW, Hello, Refusal, read_hello, refusal_line
-from sprint.errors import HostError
 from sprint.seats import Seats, private_seats
 from sprint.tiers import NS_PER_S
 
@@ -37,28 +37,17 @@ _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS,
 
 def listen(host: str, port: int, *, send_buffer: int, user_timeout_ms: int, reuse_port: bool) -> socket.socket:
     """A listening socket whose options every accepted one inherits (Linux). Raises HostError if it can't be bound."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise HostError(f"STREAM_BIND={Address(host, port)}: {error.strerror or error}") from None
-    try:
+
+    def prepare(listener: socket.socket) -> None:
         listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise HostError(f"STREAM_BIND={Address(host, port)}: {error.strerror or error}") from None
-    return listener
+
+    return listening("STREAM_BIND", Address(host, port), BACKLOG, prepare)
 
 
 def network_of(family: int, host: str) -> str:

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from sprint.addresses import Address
+from sprint.binding import bound
 from sprint.datagrams import MAX_FROM_CLIENT, Echo, from_client
 from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.reception import network_of
@@ -25,7 +26,6 @@ from sprint.deliveries.udp_leases import Activated, Deactivated, Leases, SendCha
 from sprint.deliveries.udp_link import Active, Began, Ended, Inactive, Link, Unheard, Wanted
 from sprint.deliveries.udp_sender import Batches, Run, Rung, Target
 from sprint.deliveries.udp_sessions import UDP_TIERS, unmapped
-from sprint.errors import HostError
 from sprint.frames import UdpReason
 from sprint.histograms import Histogram
 from sprint.tiers import NS_PER_S, PROFILES, Tier
@@ -106,25 +106,16 @@ class UdpDelivery:
 
     @staticmethod
     def bind(address: Address) -> socket.socket:
-        """The socket for start(). Raises HostError, naming address and reason, when it can't be bound."""
-        try:
-            family, kind, protocol, _, found = socket.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise HostError(f"UDP_BIND={address}: {error.strerror or error}") from None
-        try:
+        """The socket for start(). Raises HostError, naming UDP_BIND, address and reason, when it can't be bound."""
+
+        def prepare(sock: socket.socket) -> None:
             sock.setblocking(False)
-            if family == socket.AF_INET6:
+            if sock.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
-            sock.bind(found)
-        except OSError as error:
-            sock.close()
-            raise HostError(f"UDP_BIND={address}: {error.strerror or error}") from None
-        return sock
+
+        return bound("UDP_BIND", address, socket.SOCK_DGRAM, prepare)
 
     def start(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Address:
         """Serve by that socket, one of bind()'s; close() leaves it open, for a successor. Returns its address."""

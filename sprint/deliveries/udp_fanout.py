@@ -22,6 +22,7 @@ from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.udp_sender import Rung, pack
 from sprint.deliveries.udp_sessions import ANY_HOST
+from sprint.record import decode
 from sprint.tiers import NS_PER_MS, NS_PER_S, PROFILES, Tier
 from xdp.egress import Egress
 from xdp.fanout_maps import FanoutHandover, Rank, Sender, Step, close_handover
@@ -43,6 +44,12 @@ RANKS: Final = {Tier.ENTERPRISE: Rank.FIRST, Tier.TURBO: Rank.SECOND}
 TICK_NS: Final = NS_PER_S
 UNSETTLED: Final = 1_024
 """Runs whose accounts may wait; the oldest are settled before there are more."""
+MISSED: Final = 16
+"""Records that are sent when a fan-out is taken over, of those that were published while there was none."""
+MISSED_NS: Final = 5 * NS_PER_S
+"""How old one of these may be: by then everybody has long had it over TCP."""
+RETRY_NS: Final = NS_PER_S
+"""After a fan-out that can't be used."""
 
 
 class _Taken:
@@ -87,6 +94,7 @@ class RelayFanout:
         self._step: Step | None = None
         self._unsettled: list[tuple[RunReport, int, int, int, int]] = []
         self._look_ns = 0
+        self._retry_ns: int | None = None
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._egress.active = 0
@@ -95,7 +103,6 @@ class RelayFanout:
         """What is new in the ring, to everybody in the table, enterprise first."""
         ring = self._ring
         if self._run is None:
-            self._sequence = ring.tail
             return
         while self._sequence < ring.tail:
             self._sequence = max(self._sequence + 1, min(ring.oldest, ring.tail))
@@ -126,14 +133,17 @@ class RelayFanout:
         """Look whether there is something new; it hears nothing."""
         if self._unsettled:
             self._settle()
+        if self._retry_ns is not None and now_ns >= self._retry_ns:
+            self._retry_ns = None
+            self._line.ask()
         if now_ns >= self._look_ns:
             self._look_ns = now_ns + LOOK_NS
-            self._take_over()
+            self._take_over(now_ns)
         return []
 
     def deadline(self) -> int | None:
-        """None."""
-        return None
+        """When a fan-out that couldn't be used is asked for again."""
+        return self._retry_ns
 
     def want(self, want: Want, now_ns: int) -> None:
         """It asks nobody."""
@@ -151,11 +161,12 @@ class RelayFanout:
         self._drop()
         self._epoll.close()
 
-    def _take_over(self) -> None:
+    def _take_over(self, now_ns: int) -> None:
         came = self._line.take()
         if came is None:
             return
         self._drop()
+        self._retry_ns = None
         if came.facts is None:
             close_all(came.descriptors)
             return
@@ -165,9 +176,24 @@ class RelayFanout:
         except OSError as error:
             self._log.warning("Fan-out can't be used", reason=str(error))
             self._drop()
+            self._retry_ns = now_ns + RETRY_NS
             return
         self._step = None
         self._show()
+        self._send_missed(now_ns)
+
+    def _send_missed(self, now_ns: int) -> None:
+        """What was published meanwhile, to those in the table: a relay that was killed and restarted finds there whom
+        its predecessor served, and nobody else has sent to them."""
+        ring = self._ring
+        first = max(self._sequence, ring.tail - MISSED)
+        while first < ring.tail:
+            record = ring.copy(first + 1)
+            if record is not None and decode(record).published_ns > now_ns - MISSED_NS:
+                break
+            first += 1
+        self._sequence = first
+        self.publish()
 
     def _drop(self) -> None:
         if self._run is not None:

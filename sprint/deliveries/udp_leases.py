@@ -17,7 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from sprint.datagrams import Challenge, Echo
-from sprint.deliveries.udp_limits import ChallengeLimits, Cookies
+from sprint.deliveries.udp_limits import OWN_BURST, OWN_PER_S, Bucket, ChallengeLimits, Cookies
 from sprint.frames import UdpReason
 from sprint.tiers import NS_PER_MS, NS_PER_S, Tier
 
@@ -61,6 +61,8 @@ class Lease:
     state: State
     heard_ns: int
     """Last keep-alive or proof; while WANTED, since when."""
+    share: Bucket
+    """Of challenges."""
     serial: int = 0
     """How many proofs it has given."""
     challenged: Address | None = None
@@ -148,7 +150,8 @@ class Leases:
         """A session wants records at that address; the same wish again changes nothing."""
         if token in self._leases:
             return []
-        lease = Lease(token, tier, owner, address, self._network_of(peer), State.WANTED, now_ns)
+        share = Bucket(OWN_BURST, OWN_PER_S, now_ns)
+        lease = Lease(token, tier, owner, address, self._network_of(peer), State.WANTED, now_ns, share)
         self._leases[token] = self._unproven[token] = lease
         return self._challenge(lease, address, now_ns)
 
@@ -230,7 +233,8 @@ class Leases:
         if lease.challenged == address and now_ns - lease.challenged_ns < CHALLENGE_GAP_NS:
             return []
         network = self._network_of(address.host)
-        if not self._limits.allow(network, own=network == lease.peer, now_ns=now_ns):
+        allowed = lease.share.take(now_ns) and self._limits.allow(network, own=network == lease.peer, now_ns=now_ns)
+        if not allowed:
             self.suppressed += 1
             return []
         lease.challenged, lease.challenged_ns = address, now_ns

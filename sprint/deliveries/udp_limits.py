@@ -4,8 +4,8 @@ A cookie is a keyed BLAKE2 over the address, the subscription's token, how many 
 server keeps nothing for it, nobody else can make one, it counts for one address, and once.
 
 A challenge is the only packet that an unproven address gets. A host that has a TCP connection to us asks for itself; on
-any other host's behalf there are few. All together are bounded too, so that challenges can't take the socket from
-records.
+any other host's behalf there are few. Each subscription's are bounded, so that none can use up the share of all; and
+all together are, so that challenges can't take the socket from records.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 COOKIE_LIFE_NS: Final = 10 * NS_PER_S
 """Many times a round trip, however slow the client."""
+OWN_BURST: Final = 8
+OWN_PER_S: Final = 5
+"""Challenges of one subscription, wherever it says that it is: it needs one when it begins, and one for each move."""
 STRANGER_BURST: Final = 4
 STRANGER_PER_S: Final = 1
 """Challenges to a host other than the one that has the TCP connection: 36 bytes a second."""

@@ -126,6 +126,8 @@ class UdpSessions:
             return  # it has ended meanwhile, or was the one's before us
         if isinstance(message, Active):
             subscriber.udp.first = message.first
+            if subscriber.parked:  # it has moved, and misses nothing over TCP
+                return
             self._behind[message.token] = subscriber
             if subscriber.idle:
                 self.caught_up(subscriber)

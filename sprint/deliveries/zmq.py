@@ -12,7 +12,6 @@ relay nor engine. Not thread-safe: start(), publish() and close() belong on the 
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
@@ -20,12 +19,12 @@ from typing import TYPE_CHECKING, Final
 import zmq
 
 from sprint import zmq_sockets
+from sprint.binding import listening
 from sprint.deliveries.accounts import TierLedger
 from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.zmq_guests import FLOOD_NS, Guests
 from sprint.deliveries.zmq_tip import NodeTip
 from sprint.deliveries.zmq_word import PATIENCE_NS, NodeWord
-from sprint.errors import HostError
 from sprint.events import Event, Lapped, State
 from sprint.histograms import Histogram
 from sprint.record import decode
@@ -48,6 +47,7 @@ from sprint.zmq_wire import (
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Callable, Sequence
 
     from sprint.addresses import Address
@@ -106,7 +106,6 @@ class ZmqDelivery:
         self._counters = TopicCounters()
         self._tip = NodeTip()
         self._word = NodeWord(self._tip)
-        self._repeat: asyncio.TimerHandle | None = None
         self._awaited: deque[tuple[bytes, int]] = deque()
         self._prefixes: set[bytes] = set()
         self._max_subscribers = max_subscribers
@@ -126,21 +125,7 @@ class ZmqDelivery:
     @staticmethod
     def listen(bind: Address) -> socket.socket:
         """A listening socket for start(). Raises HostError, naming ZMQ_BIND and the reason, when there can't be one."""
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                bind.host, bind.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise HostError(f"ZMQ_BIND={bind}: {error.strerror or error}") from None
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            raise HostError(f"ZMQ_BIND={bind}: {error.strerror or error}") from None
-        return listener
+        return listening("ZMQ_BIND", bind, BACKLOG)
 
     def start(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
         """Publish to whoever connects to `listener`, of which a duplicate is taken: the original stays open.
@@ -158,7 +143,7 @@ class ZmqDelivery:
         for one in (self._pub, self._monitor):
             loop.add_reader(zmq_sockets.descriptor(one), self._look)
         if self._tip.hash is not None:
-            self._repeat = loop.call_later(REPEAT_S, self._repeat_tip)
+            loop.call_later(REPEAT_S, self._repeat_tip)
         loop.call_soon(self._look)
         self._watch_guests()
 
@@ -166,9 +151,8 @@ class ZmqDelivery:
         """Stop publishing; what libzmq has not sent yet is dropped."""
         if self._context is None:
             return
-        for timer in (self._watch, self._repeat):
-            if timer is not None:
-                timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         for one in (self._pub, self._monitor):
             self._loop.remove_reader(zmq_sockets.descriptor(one))
         zmq_sockets.close(self._pub, self._monitor)
@@ -257,8 +241,6 @@ class ZmqDelivery:
             for block_hash in change.connected:
                 self._send(SEQUENCE, sequence_body(block_hash, CONNECTED))
             self._tell_tip(change.connected[-1])
-            if self._repeat is not None:
-                self._repeat.cancel()  # they have come back: a newer tip is news enough
 
     def _tell_tip(self, tip: bytes) -> None:
         self._send(HASHBLOCK, hash_body(tip))

@@ -50,7 +50,10 @@ class RelayProcess:
         self._reader.start()
 
     def wait_until_healthy(self) -> tuple[str, str]:
-        """The addresses of the API and of the stream, once blocks can be relayed. Raises HostError with the log."""
+        """The addresses of the API and of the stream, once blocks can be relayed.
+
+        Raises HostError, the end of its log being on standard error.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
         with self._changed:
             while self._listening is None and self._process.poll() is None and time.monotonic() < deadline:
@@ -60,7 +63,10 @@ class RelayProcess:
                 if self.ask("health")["status"] == "ok":
                     return str(self._listening["api"]), str(self._listening["stream"])
             time.sleep(0.02)
-        raise HostError("Sprint did not become healthy; the end of its log:\n" + "\n".join(self.log))
+        if self._process.poll() is not None:
+            self._reader.join(STOP_TIMEOUT_S)  # it has said why
+        sys.stderr.writelines(f"{line}\n" for line in list(self.log))
+        raise HostError("Sprint, as the demo runs it, did not become healthy: the end of its log stands above")
 
     @property
     def shm_socket(self) -> str | None:

@@ -155,6 +155,9 @@ class Supervisor:
         os.close(child.pidfd)
         child.pidfd = -1
         pid, child.pid = child.pid, 0
+        if self._stopping:  # a service manager tells all of us at once
+            self.on_change(child)
+            return
         if now_ns - child.started_ns >= STEADY_NS:
             child.pause_ns, child.restart_ns = FIRST_RESTART_NS, now_ns
         else:

@@ -4,7 +4,8 @@ It has no connection of its own, asks nothing and knows no peer's name: each way
 as one row, `capture ringbuf` and `capture af_xdp`, so that their leads can be compared; each tells every announcement
 that it sees, once, and those of a flow that comes in order in that order. A poll looks at what each flow's first new
 segment begins with, and if that says anything, it is returned at once; the rest of the work on the same segments is
-done by the next poll, which deadline() asks for.
+done by the next poll, which deadline() asks for, and which looks at what came meanwhile. Mirrored copies of what the
+ring buffer has had are in no hurry, and spared the first look.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
         def poll(self) -> list[Segment]:
             """What came since the last call, without blocking, a bounded number; payloads hold until the next call."""
 
+        def deadline(self) -> int | None:
+            """When to poll() even if fileno() isn't readable, CLOCK_MONOTONIC ns; None: no need to."""
+
         def close(self) -> None:
             """Let go of the kernel's side."""
 
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 
 _BACKENDS = tuple(Backend)
+_RINGBUF, _MIRROR = Backend.RINGBUF, Backend.AF_XDP  # members cost a look-up each in Python 3.10
 PEERS = {backend: f"capture {backend.name.lower()}" for backend in Backend}
 """What each backend is called in sightings and in /api/sources."""
 
@@ -64,6 +69,8 @@ class CaptureSource:
         self._backends = tuple(backends)
         self._glanced: list[Segment] = []
         """Segments of the last poll that are to be looked at again, in full."""
+        self._express_ns = -1
+        """When the last segment came that has been read out of the ring buffer: older mirrored ones are its copies."""
         self._closed = False
         for backend in self._backends:
             status.peer_index(PEERS[backend])
@@ -73,33 +80,65 @@ class CaptureSource:
         return self._capture.fileno()
 
     def poll(self, now_ns: int) -> list[Heard]:
-        """What new segments say at first glance, else all that they say."""
+        """All that segments say which have only been glanced at; and new ones, at first glance, else all of it."""
         heard: list[Heard] = []
-        if not self._glanced:
-            segments = self._look()
-            if not segments:
-                return heard
+        if self._glanced:
+            segments, self._glanced = self._glanced, []
+            self._read(segments, now_ns, heard, glanced=True)
+            return self._poll_behind(heard, now_ns)
+        segments = self._look()
+        if not segments:
+            return heard
+        if len(segments) > 1:
+            return self._poll_several(segments, heard, now_ns)
+        segment = segments[0]
+        heard += self._glances[segment[0]](segment, now_ns)
+        if heard:
             self._glanced = segments
-            glances = self._glances
-            if len(segments) == 1:
-                segment = segments[0]
-                heard += glances[segment[0]](segment, now_ns)
-            else:
-                # Not at a flow's later ones: what they say would come before what the first says further on.
-                for segment in _first_of_each_flow(segments).values():
-                    heard += glances[segment.backend](segment, now_ns)
-            if heard:
-                return heard
-        segments, self._glanced = self._glanced, []
-        first = _first_of_each_flow(segments)
-        for segment in segments:
-            glanced = first[segment.backend, segment.flow] is segment
-            heard += self._reassemblers[segment.backend].receive(segment, now_ns, glanced=glanced)
+        else:
+            self._read(segments, now_ns, heard, glanced=True)
         return heard
 
+    def _poll_behind(self, heard: list[Heard], now_ns: int) -> list[Heard]:
+        """Add what came meanwhile, behind what was only glanced at before."""
+        segments = self._look()
+        return self._poll_several(segments, heard, now_ns) if segments else heard
+
+    def _poll_several(self, segments: list[Segment], heard: list[Heard], now_ns: int) -> list[Heard]:
+        """Add what these say at first glance, else all of it."""
+        if segments[0][0] is _MIRROR and segments[-1][1] <= self._express_ns:
+            self._read(segments, now_ns, heard, glanced=False)
+            segments = self._look()  # their memory is given back now, for the next announcement would wait for it
+        known = len(heard)
+        # Not at a flow's later ones: what they say would come before what the first says further on.
+        for segment in _first_of_each_flow(segments).values():
+            heard += self._glances[segment.backend](segment, now_ns)
+        if len(heard) > known:
+            self._glanced = segments
+        else:
+            self._read(segments, now_ns, heard, glanced=True)
+        return heard
+
+    def _read(self, segments: list[Segment], now_ns: int, heard: list[Heard], *, glanced: bool) -> None:
+        """Add all that they say; `glanced`: but for what the first of each flow begins with."""
+        reassemblers = self._reassemblers
+        if glanced and len(segments) == 1:
+            (segment,) = segments
+            if segment[0] is _RINGBUF:
+                self._express_ns = segment[1]
+            heard += reassemblers[segment[0]].receive(segment, now_ns, glanced=True)
+            return
+        first = _first_of_each_flow(segments) if glanced else {}
+        for segment in segments:
+            backend = segment[0]
+            if backend is _RINGBUF:
+                self._express_ns = segment[1]
+            was_glanced = first.get((backend, segment[2])) is segment
+            heard += reassemblers[backend].receive(segment, now_ns, glanced=was_glanced)
+
     def deadline(self) -> int | None:
-        """At once, if there are segments that have only been glanced at."""
-        return 0 if self._glanced else None
+        """At once, if there are segments that have only been glanced at; else the capture's."""
+        return 0 if self._glanced else self._capture.deadline()
 
     def want(self, want: Want, now_ns: int) -> None:
         """A capture can't ask anybody."""

@@ -105,7 +105,7 @@ class Overhearing:
         while source is not None and not self.deaf:
             heard = source.poll(time.monotonic_ns())
             self.sightings += [one for one in heard if isinstance(one, Sighting)]
-            if not heard and source.deadline() is None:
+            if not heard and source.deadline() != 0:  # what is due later, listen() comes round to
                 return
 
     def overhear_all(self, backends: Iterable[Backend], patience_s: float = 5.0) -> None:

@@ -22,7 +22,7 @@ from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-unty
 from tests.net import tiny_bpf
 from tests.net.announcer import Script, announce_all, cut, mine_chain, small_talk
 from tests.net.conftest import REGTEST_PORT
-from tests.net.forwarder import Policy, bad_wire
+from tests.net.forwarder import BUFFER_BYTES, SO_RCVBUFFORCE, Policy, bad_wire
 from tests.net.netns import Namespace, Veth, veth_pair
 from tests.net.overhearing import Overhearing, as_the_product_has_it, overhearing
 from xdp import kernel
@@ -162,6 +162,7 @@ def test_announcements_over_a_vlan_are_heard_on_its_parent_by_both_backends(
                 pytest.skip("neither VLAN links nor TCX")
         seen = stack.enter_context(ends[0].namespace.raw_socket("nic"))
         seen.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+        seen.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)  # nobody reads until all has passed
         hear_everything(loaded, spaces, tmp_path, script_of(*addresses, 2), mode)
         assert tagged(seen) > 2 * BLOCKS // BURST
 
@@ -205,7 +206,7 @@ def test_through_loss_repetition_and_disorder_nothing_false_and_nothing_twice_is
     for backend in Backend:
         heard = Counter(ears.heard(backend))
         assert heard - everything == Counter(), "told twice, or never said"
-        # Each segment came at last. Only where all are crumbs is a window of reordering more than is kept of a flow.
+        # Each segment came at last. Only where all are crumbs a window of reordering may be more than is kept of a flow.
         if not crumbs:
             assert heard == everything
-        assert sum(heard.values()) > 0.8 * sum(everything.values())
+        assert sum(heard.values()) > 0.97 * sum(everything.values())

@@ -94,9 +94,9 @@ def test_tcp_gets_its_stream_byte_for_byte_with_and_without_the_capture(
     with attach(loaded, "nic", modes=(mode,)) as attachment, Capture(attachment.handover()) as capture:
         transfer(capture)
         counters = capture.counters()
-        # Behind bytes that are no message it may be blind for the rest: in bulk no message begins a segment of 64 KiB.
-        assert counters["announcements"] > 0
-        assert counters["express"] + counters["dropped"] == counters["captured"] > 1_000
+        # Behind bytes that are no message, it takes up the next one that it sees.
+        assert counters["announcements"] > 1_000
+        assert counters["express"] + counters["dropped"] == counters["captured"] > 500
 
 
 def test_two_gigabytes_of_other_traffic_are_passed_by_and_no_announcement_among_them_is_lost(

@@ -12,7 +12,7 @@ from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no type
 
 from tests.net.netns import Namespace, veth_pair
 from tests.net.slowness import SLOWNESS
-from tests.net.subscribers import SOURCE_PORT, Cable, Collector, read, switch_gro
+from tests.net.subscribers import SOURCE_PORT, Cable, Collector, Datagram, read, switch_gro
 from xdp import egress_frames
 from xdp.datagrams import packed
 from xdp.egress import Egress
@@ -81,14 +81,19 @@ def all_join(egress: Egress, step: Step = Step.LIVE_FRAMES) -> dict[object, Step
     return steps
 
 
-def arrived(collector: Collector, count: int) -> list[tuple[bytes, int]]:
-    """Destination and port of our datagrams; the link carries ARP and proofs as well."""
-    found: list[tuple[bytes, int]] = []
+def records(collector: Collector, count: int) -> list[Datagram]:
+    """Our datagrams; the link carries ARP and proofs as well."""
+    found: list[Datagram] = []
     give_up = time.monotonic() + PATIENCE_S
     while len(found) < count and time.monotonic() < give_up:
         frames = [frame for frame in collector.rest() if frame[12:14] == b"\x08\x00" and frame[23] == 17]
-        found += [(d.destination, d.port) for d in map(read, frames) if d.payload == RECORD]
+        found += [datagram for datagram in map(read, frames) if datagram.payload == RECORD]
     return found
+
+
+def arrived(collector: Collector, count: int) -> list[tuple[bytes, int]]:
+    """Destination and port of each."""
+    return [(datagram.destination, datagram.port) for datagram in records(collector, count)]
 
 
 DUE = [(address, 5000 + number) for number, address in enumerate(PEOPLE)]
@@ -124,8 +129,7 @@ def test_a_neighbour_that_moves_is_followed(relay: FanoutRun, egress: Egress, la
     assert set(steps.values()) == {Step.LIVE_FRAMES}
     with Collector(lan.far) as collector:
         relay.send(RECORD)
-        frames = {d.destination: d for d in map(read, collector.frames(len(PEOPLE))) if d.payload == RECORD}
-        macs = {address: frames[address].destination_mac for address in PEOPLE}
+        macs = {d.destination: d.destination_mac for d in records(collector, len(PEOPLE))}
     assert macs.pop(PEOPLE[2]) == bytes.fromhex("020000000012")
     assert set(macs.values()) == {lan.far.mac}
 

@@ -284,13 +284,13 @@ def test_an_order_that_a_run_holds_is_not_written_nor_are_its_entries(
     try:
         place = version % 8 * SUBSCRIBERS
         before = bytes(table._orders.bytes[place * 4 : (place + 8) * 4])
-        entries = [bytes(table._entries.bytes[n * 128 : n * 128 + 128]) for n in struct.unpack("=8I", before)]
+        entries = [bytes(table._entries.bytes[n * 64 : n * 64 + 64]) for n in struct.unpack("=8I", before)]
         for _ in range(50):
             for slot, who in zip(slots[:4], addresses(4, network=90), strict=True):
                 table.remove(slot)
                 slots[slots.index(slot)] = table.add(cable.hop(), *who, Rank.FIRST)
         assert bytes(table._orders.bytes[place * 4 : (place + 8) * 4]) == before
-        now = [bytes(table._entries.bytes[n * 128 : n * 128 + 128]) for n in struct.unpack("=8I", before)]
+        now = [bytes(table._entries.bytes[n * 64 : n * 64 + 64]) for n in struct.unpack("=8I", before)]
         assert [entry[4:] for entry in now] == [entry[4:] for entry in entries]
         assert [entry[0] for entry in now] == [0] * 4 + [1] * 4
     finally:

@@ -66,7 +66,7 @@ def test_a_good_wire_carries_tcp_and_changes_nothing(addresses: tuple[str, str])
 
 
 def test_a_bad_wire_loses_doubles_and_reorders_and_tcp_still_gets_through() -> None:
-    counts = through(Policy(loss=0.01, duplicate=0.05, reorder=0.05), 1 << 20)
+    counts = through(Policy(loss=0.03, duplicate=0.05, reorder=0.05), 1 << 20)
     assert counts.lost > 0
     assert counts.duplicated > 10
     assert counts.held > 10

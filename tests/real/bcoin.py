@@ -1,8 +1,7 @@
 """A full Bitcoin node by others: bcoin on regtest, as the upstream that the tests in tests/real relay from.
 
-Owns the node's process, its ports and its folder. Rules: nothing here is of the product (standard library only, no
-codec of ours), so that it can disagree with it; nothing waits for a fixed time; and no node outlives its test, even
-when pytest is killed: `node/start.js` ends when the pipe on its standard input does.
+Rules are those of node_process.py; besides, nothing waits for a fixed time, and no node outlives its test, even when
+pytest is killed: `node/start.js` ends when the pipe on its standard input does.
 
 What bcoin does that matters to a test:
 - It answers getheaders and announces blocks only when synced; a regtest node counts itself synced from height 0.
@@ -14,39 +13,26 @@ What bcoin does that matters to a test:
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import http.client
+import http
 import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import tempfile
 import time
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import TracebackType
+from tests.real.node_process import HOST, POLL_INTERVAL_S, NodeError, NodeProcess, free_ports
 
-    from typing_extensions import Self
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NODE_DIR = Path(__file__).parent / "node"
 START_TIMEOUT_S = 60.0  # it takes half a second here; a loaded two-core machine may take many times that
-RPC_TIMEOUT_S = 60.0  # mining thousands of blocks is one call
-POLL_INTERVAL_S = 0.02
-LOG_TAIL_LINES = 60
 PUBKEYHASH_VERSION = 0x3C  # bcoin's regtest; Core's regtest uses testnet's 0x6f
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-
-
-class BcoinError(Exception):
-    """The node could not be started, ended by itself, or did not reach what was awaited. The text holds its log."""
 
 
 class RpcError(Exception):
@@ -78,82 +64,48 @@ def address_for(label: str) -> str:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Ask the node until `condition` holds: RPC has no notification. Raises BcoinError naming `what`."""
+    """Ask the node until `condition` holds: RPC has no notification. Raises NodeError naming `what`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise BcoinError(f"not within {timeout_s:g} s: {what}")
+            raise NodeError(f"not within {timeout_s:g} s: {what}")
         time.sleep(POLL_INTERVAL_S)
 
 
-class BcoinNode:
-    """A regtest node on free loopback ports, as a context manager.
+class BcoinNode(NodeProcess):
+    """A regtest node.
 
     `on_disk` keeps the chain in the node's private folder, so that `restart` can find it again; otherwise it is in
     memory and gone with the process. Heights are ints, hashes are hex in display order (the reverse of P2P bytes).
     """
 
     def __init__(self, name: str = "bcoin", *, on_disk: bool = False) -> None:
-        self.name = name
+        super().__init__(name)
         self.on_disk = on_disk
-        self.host = "127.0.0.1"
+        self.host = HOST
         self.p2p_port = 0
-        self.rpc_port = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._cleanup = ExitStack()
-        self._folder = Path()
         # Two nodes may race for a port: the key tells that the one which answers is ours.
         self._api_key = secrets.token_hex(16)
-
-    def __enter__(self) -> Self:
-        try:
-            self._folder = Path(
-                self._cleanup.enter_context(
-                    tempfile.TemporaryDirectory(prefix=f"sprint-{self.name}-", ignore_cleanup_errors=True)
-                )
-            )
-            self._cleanup.callback(self.kill)
-            self.start()
-        except BaseException:
-            self._cleanup.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cleanup.close()
 
     @property
     def p2p_address(self) -> str:
         """`host:port`, as BITCOIN_NODE takes it."""
         return f"{self.host}:{self.p2p_port}"
 
-    @property
-    def pid(self) -> int:
-        """Of the running node; BcoinError when it isn't running."""
-        if self._process is None:
-            raise BcoinError(f"{self.name} is not running")
-        return self._process.pid
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
     def start(self) -> None:
         """Start the node and wait until RPC and P2P answer; on its first start also choose its ports.
 
-        Raises BcoinError with the node's log if it ends or doesn't answer within a minute.
+        Raises NodeError with the node's log if it ends or doesn't answer within a minute.
         """
         if self._process is not None:
-            raise BcoinError(f"{self.name} is running already")
+            raise NodeError(f"{self.name} is running already")
         choose_ports = self.p2p_port == 0
         for attempts_left in (2, 1, 0):
             if choose_ports:
-                self.p2p_port, self.rpc_port = _free_ports()
+                self.p2p_port, self.rpc_port = free_ports()
             try:
                 self._launch()
-            except BcoinError as error:
+            except NodeError as error:
                 # A port is free until somebody else takes it: between our look and the node's bind is a gap.
                 if not (choose_ports and attempts_left and "EADDRINUSE" in str(error)):
                     raise
@@ -162,28 +114,14 @@ class BcoinNode:
 
     def stop(self) -> None:
         """End the node as its operator would: it closes its database first."""
-        process = self._process
-        if process is None:
-            return
-        if process.poll() is None:
+        if self.running:
             self.rpc("stop")
-            try:
-                process.wait(RPC_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self.kill()
-                raise BcoinError(f"{self.name} did not stop in {RPC_TIMEOUT_S:g} s\n{self.log_tail()}") from None
-        self._reap()
-
-    def kill(self) -> None:
-        """SIGKILL, as a power cut would: connections are reset, nothing is flushed."""
-        if self._process is not None:
-            self._process.kill()
-            self._reap()
+        self._wait_for_end()
 
     def restart(self, *, keep_chain: bool = True, gracefully: bool = True) -> None:
         """Start it again on the same ports. `keep_chain` needs `on_disk`; without it the chain is genesis again."""
         if keep_chain and not self.on_disk:
-            raise BcoinError(f"{self.name} has its chain in memory: on_disk=True keeps it over a restart")
+            raise NodeError(f"{self.name} has its chain in memory: on_disk=True keeps it over a restart")
         if gracefully:
             self.stop()
         else:
@@ -194,19 +132,10 @@ class BcoinNode:
 
     def rpc(self, method: str, *params: object) -> Any:
         """One JSON-RPC call's result. RpcError if the node refuses, OSError if it isn't there."""
-        connection = http.client.HTTPConnection(self.host, self.rpc_port, timeout=RPC_TIMEOUT_S)
-        try:
-            body = json.dumps({"method": method, "params": params, "id": 1})
-            credentials = base64.b64encode(f"x:{self._api_key}".encode()).decode()
-            connection.request("POST", "/", body, {"Authorization": f"Basic {credentials}"})
-            response = connection.getresponse()
-            if response.status != http.HTTPStatus.OK:
-                raise ConnectionError(f"{self.name}: {method}: HTTP {response.status} {response.reason}")
-            answer = json.loads(response.read())
-        except http.client.HTTPException as error:  # it ended in mid-answer
-            raise ConnectionError(f"{self.name}: {method}: {error!r}") from error
-        finally:
-            connection.close()
+        status, body = self._post("x", self._api_key, method, params)
+        if status != http.HTTPStatus.OK:
+            raise ConnectionError(f"{self.name}: {method}: HTTP {status}")
+        answer = json.loads(body)
         if answer["error"] is not None:
             raise RpcError(method, answer["error"]["code"], answer["error"]["message"])
         return answer["result"]
@@ -260,7 +189,7 @@ class BcoinNode:
         makes this node reorganise. Returns (losers, winners), lowest first; the fork's height is the tip's before.
         """
         if self.tip() != other.tip():
-            raise BcoinError(f"{self.name} and {other.name} have no common tip: {self.tip()}, {other.tip()}")
+            raise NodeError(f"{self.name} and {other.name} have no common tip: {self.tip()}, {other.tip()}")
         losers = self.mine(depth)
         winners = other.mine(depth + 1)
         for block_hash in winners:
@@ -268,22 +197,10 @@ class BcoinNode:
         self.wait_for_tip(winners[-1])
         return losers, winners
 
-    @property
-    def _log(self) -> Path:
-        return self._folder / "node.log"
-
-    def log_tail(self) -> str:
-        """The last lines of what the node logged."""
-        try:
-            lines = self._log.read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return "(no log)"
-        return "\n".join(lines[-LOG_TAIL_LINES:])
-
     def _launch(self) -> None:
         node = shutil.which("node")
         if node is None:
-            raise BcoinError("node (Node.js) is not on PATH")
+            raise NodeError("node (Node.js) is not on PATH")
         options = {
             "network": "regtest",
             "prefix": str(self._folder / "chain"),
@@ -323,7 +240,7 @@ class BcoinNode:
                 return
             time.sleep(POLL_INTERVAL_S)
         state = "still starting" if self.running else f"ended ({self._process and self._process.returncode})"
-        raise BcoinError(f"{self.name} does not answer: {state}\n{self.log_tail()}")
+        raise NodeError(f"{self.name} does not answer: {state}\n{self.log_tail()}")
 
     def _answers(self, log_from: int) -> bool:
         # P2P listens last. Connecting to find out would leave a peer in the node's books, and may meet another process.
@@ -338,27 +255,3 @@ class BcoinNode:
     def _has_peer(self, other: BcoinNode) -> bool:
         peers = self.rpc("getpeerinfo")
         return any(peer["addr"] == other.p2p_address and peer["version"] > 0 for peer in peers)
-
-    def _reap(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            if process.stdin is not None:
-                process.stdin.close()
-            process.wait()
-
-
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
-
-
-@contextmanager
-def frozen(node: BcoinNode) -> Iterator[None]:
-    """An upstream that hangs: while this lasts the node is stopped (SIGSTOP), its connections stay open."""
-    os.kill(node.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(node.pid, signal.SIGCONT)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.bcoin import BcoinError, BcoinNode, RpcError, address_for, frozen, wait_until
+from tests.real.bcoin import BcoinNode, RpcError, address_for, wait_until
+from tests.real.node_process import NodeError
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +58,7 @@ def test_a_restart_that_forgets_starts_at_genesis(bcoin_installed: None) -> None
 
 
 def test_a_chain_in_memory_is_not_claimed_to_be_kept(bcoin: BcoinNode) -> None:
-    with pytest.raises(BcoinError, match="on_disk"):
+    with pytest.raises(NodeError, match="on_disk"):
         bcoin.restart()
     assert bcoin.running
 
@@ -109,7 +110,7 @@ def test_a_reorganisation_also_comes_over_p2p(bcoin_pair: tuple[BcoinNode, Bcoin
 
 
 def test_a_frozen_node_accepts_connections_and_answers_after_the_thaw(bcoin: BcoinNode) -> None:
-    with frozen(bcoin), socket.create_connection((bcoin.host, bcoin.rpc_port), timeout=5) as connection:
+    with bcoin.frozen(), socket.create_connection((bcoin.host, bcoin.rpc_port), timeout=5) as connection:
         connection.setblocking(False)
         with pytest.raises(BlockingIOError):
             connection.recv(1)
@@ -119,7 +120,7 @@ def test_a_frozen_node_accepts_connections_and_answers_after_the_thaw(bcoin: Bco
 def test_a_node_whose_port_is_taken_says_so_with_its_log(bcoin: BcoinNode) -> None:
     second = BcoinNode("second")
     second.p2p_port, second.rpc_port = bcoin.p2p_port, bcoin.rpc_port
-    with pytest.raises(BcoinError, match="EADDRINUSE"), second:
+    with pytest.raises(NodeError, match="EADDRINUSE"), second:
         pass
     assert not second.running
     assert bcoin.running
@@ -149,5 +150,5 @@ def test_no_node_outlives_a_test_process_that_was_killed(bcoin_installed: None) 
 
 
 def test_waiting_in_vain_names_what_was_awaited() -> None:
-    with pytest.raises(BcoinError, match="the moon"):
+    with pytest.raises(NodeError, match="the moon"):
         wait_until(lambda: False, "the moon", timeout_s=0.05)

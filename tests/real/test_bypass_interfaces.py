@@ -138,6 +138,7 @@ def test_of_two_interfaces_one_may_be_deleted_and_made_again_and_the_other_never
     with lab.product("alpha,beta") as product, ExitStack() as stack:
         product.wait_until_healthy()
         assert await_active(product, "alpha", "beta")["reason"] is None
+        product.wait_for_log("Capture at work")  # what is attached is active; the relay may still have to take it up
         stream = stack.enter_context(JsonStream(product.stream))
         mined = [lab.mine()]
         wait_until_captured(product, mined[0])
@@ -244,6 +245,7 @@ def test_unless_told_otherwise_it_is_those_that_lead_to_the_node_and_to_the_inte
     with lab.product("", "alpha") as product:
         product.wait_until_healthy()
         await_active(product, "alpha", "beta")
+        product.wait_for_log("Capture at work")
         wait_until_captured(product, lab.mine())
         lab.near.delete_link("alpha")  # the node is now on the way to the internet, which is another's
         said = await_active(product, "beta")

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
 from sprint.datagrams import HEARTBEAT_MAGIC
 from sprint.keys import FILE_NAME, KeyStore
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from tests.real.product import Event
 
 NEAR, FAR = "10.79.1.1", "10.79.1.2"
+BOUND = "10.79.1.9"
+"""Served at: not the address that the kernel itself would send from."""
 MANY = 3
 
 
@@ -40,6 +43,8 @@ class Lab:
         self.far = stack.enter_context(Namespace())
         self.wire: Veth
         _, self.wire = veth_pair(near, self.far, ("wire", "wire-far"), addresses=(f"{NEAR}/24", f"{FAR}/24"))
+        with IPRoute(groups=0) as route:
+            route.addr("add", index=near.index("wire"), address=BOUND, prefixlen=24)
         switch_gro(self.wire, on=True)
         self.node = BcoinNode()
         self.node.host = "0.0.0.0"
@@ -50,8 +55,8 @@ class Lab:
             "ENABLE_KERNEL_BYPASS": "true",
             "INTERFACE": "wire",
             "DELIVERY_WORKERS": "1",
-            "STREAM_BIND": f"{NEAR}:0",
-            "UDP_BIND": f"{NEAR}:0",
+            "STREAM_BIND": f"{BOUND}:0",
+            "UDP_BIND": f"{BOUND}:0",
             **QUIET,
         }
         address = f"{FAR}:{self.node.p2p_port}"

@@ -16,10 +16,10 @@ from sprint.admission import (
     Denial,
     Ticket,
 )
-from sprint.key_book import KeyBook
 from sprint.keys import FILE_NAME, KeyStore
 from sprint.seats import private_seats
 from sprint.tiers import Tier
+from tests.unit.key_books import open_book
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[KeyStore]:
 
 
 def gate(tmp_path: Path, highest: Tier = Tier.ENTERPRISE) -> Admission:
-    return Admission(highest, KeyBook(tmp_path / FILE_NAME), private_seats())
+    return Admission(highest, open_book(tmp_path / FILE_NAME), private_seats())
 
 
 def ticket(admitted: Ticket | Denial) -> Ticket:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sprint.bitcoin.block import double_sha256, merkle_root
 from sprint.blocks import BlockStore, WholeBlock, checked
 from sprint.errors import RemoteProtocolError
 from sprint.regtest import RegtestChain
@@ -51,6 +56,28 @@ def test_a_whole_block_is_counted() -> None:
     assert checked(ONE.hash, ONE.payload) == 1
 
 
+def test_inner_hashes_of_the_merkle_tree_don_t_pass_for_transactions() -> None:
+    """64 bytes that read as a transaction and are two transactions' hashes: both lists have the same root."""
+    transaction = bytes([1, 0, 0, 0, 1]) + b"\7" * 36 + bytes([4]) + bytes(4 + 4) + b"\1" + bytes(8 + 1) + bytes(4)
+    assert len(transaction) == 64
+    root = double_sha256(transaction)
+    assert merkle_root([transaction[:32], transaction[32:]]) == (root, False), "of the two whose hashes these are"
+    header = replace(ONE.header, merkle_root=root).encode()
+    with pytest.raises(RemoteProtocolError, match="no coinbase"):
+        checked(double_sha256(header), header + b"\1" + transaction)
+
+
+@given(st.binary(max_size=400), st.integers(0, 300), st.integers(0, 255))
+def test_any_other_bytes_are_refused(tail: bytes, at: int, byte: int) -> None:
+    damaged = bytearray(ONE.payload)
+    damaged[80 + at % (len(damaged) - 80)] = byte
+    if damaged != ONE.payload:
+        with pytest.raises(RemoteProtocolError):
+            checked(ONE.hash, bytes(damaged))
+    with pytest.raises(RemoteProtocolError):
+        checked(ONE.hash, ONE.header.encode() + tail)
+
+
 @pytest.mark.parametrize(
     ("block_hash", "payload", "reason"),
     [
@@ -60,6 +87,7 @@ def test_a_whole_block_is_counted() -> None:
         (ONE.hash, b"", "another block"),
         (TWO.hash, TWO.header.encode() + b"\x01" + ONE.coinbase, "commits to other transactions"),
         (ONE.hash, ONE.header.encode() + b"\x02" + ONE.coinbase * 2, "commits to other transactions"),
+        (ONE.hash, ONE.header.encode() + b"\x00", "no coinbase"),
     ],
 )
 def test_anything_else_is_refused_and_said_why(block_hash: bytes, payload: bytes, reason: str) -> None:

@@ -70,6 +70,13 @@ def test_the_hello_names_the_port_and_the_answer_tells_where_the_server_is() -> 
     assert protocol.server == Address("", 8436)
 
 
+def test_the_server_may_be_named_in_any_spelling_of_its_number() -> None:
+    protocol = DatagramProtocol()
+    protocol.connected(0, PORT)
+    protocol.receive(offer(5, "[2001:DB8:0::1]:99"), 0)
+    assert protocol.server == Address("2001:db8::1", 99)
+
+
 def test_a_challenge_of_this_session_is_echoed_even_one_that_overtook_the_answer() -> None:
     for early in (True, False):
         protocol = DatagramProtocol()
@@ -300,7 +307,7 @@ def test_when_tcp_fills_one_gap_after_the_other_and_only_heartbeats_come_by_data
     assert GIVE_UP in gap(4 + 2 * MAX_REPAIRED)
 
 
-@pytest.mark.parametrize("bad", [":", "nowhere", ":99999", ""])
+@pytest.mark.parametrize("bad", [":", "nowhere", ":99999", "", "host.example:99"])
 def test_an_offer_that_is_none_ends_the_connection(bad: str) -> None:
     for answer in (offer(5, address=bad), offer(5, token=bad), offer(5, token="00")):
         protocol = DatagramProtocol()

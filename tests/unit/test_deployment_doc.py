@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,20 @@ def test_there_is_one_for_a_pool_an_exchange_and_a_lightning_node() -> None:
 def test_every_event_has_a_row_that_says_who_acts_on_it() -> None:
     rows = re.findall(r"^\| ([A-Z]+) \| [^|]+ \| [^|]+ \| [^|]+ \|$", PAGE, re.MULTILINE)
     assert rows == [event.name for event in Event]
+
+
+def test_lnd_s_two_addresses_differ_as_text_and_are_both_where_sprint_publishes() -> None:
+    """lnd refuses to start with the same one twice ("must be set to different addresses")."""
+    addresses = re.findall(r"^bitcoind\.zmqpubraw\w+=tcp://(\S+):(\d+)$", PAGE, re.MULTILINE)
+    assert len(addresses) == len(set(addresses)) == 2
+    published = load({"TIER": "turbo"}, Path("/nonexistent")).zmq_bind
+    for host, port in addresses:
+        assert (socket.gethostbyname(host), int(port)) == published
+
+
+def test_the_node_publishes_where_the_examples_listen() -> None:
+    addresses = set(re.findall(r"^zmqpub\w+=tcp://(\S+)", PAGE, re.MULTILINE))
+    assert addresses == set(re.findall(r"^ZMQ_NODE=(\S+)$", PAGE, re.MULTILINE))
 
 
 def test_the_key_commands_work_as_written(tmp_path: Path) -> None:

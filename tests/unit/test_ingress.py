@@ -16,6 +16,7 @@ from sprint.status import BYPASS_SIZE, StatusBlock
 from sprint.tiers import NS_PER_S
 from tests.unit.paper_kernel import COUNTED, PaperKernel
 from xdp.interfaces import LinkChange, LinkState
+from xdp.netdev import XdpFeature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> PaperKernel:
     monkeypatch.setattr(ingress, "load", made.load)
     monkeypatch.setattr(ingress, "Outlet", made.make_outlet)
     monkeypatch.setattr(ingress, "climb", made.climb)
+    monkeypatch.setattr(ingress, "xdp_features", lambda _index: None)
     return made
 
 
@@ -69,6 +71,20 @@ def test_what_either_way_out_had_no_room_for_is_dropped(kernel: PaperKernel, mon
     holding.tend(0)
     monkeypatch.setattr(kernel, "counters", lambda: {**COUNTED, "dropped": 3, "socketDropped": 4, "mirrorLost": 100})
     assert holding.said()["ingest"]["dropped"] == 7
+
+
+def test_packets_that_the_mirror_misses_for_want_of_metadata_are_told(
+    kernel: PaperKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-test's own frame has room for it, whatever the driver."""
+    kernel.add("alpha", 7)
+    holding = ingress_on(kernel, "alpha")
+    holding.tend(0)
+    assert holding.said()["reason"] is None
+    monkeypatch.setattr(kernel, "counters", lambda: {**COUNTED, "unmarked": 5})
+    said = holding.said()
+    assert (said["active"], said["mode"]) == (True, "native")
+    assert said["reason"] == "5 packets not mirrored: their driver leaves no room for XDP metadata"
 
 
 def test_the_mode_is_the_worst_of_those_that_are_active_and_the_reason_names_them(kernel: PaperKernel) -> None:
@@ -259,6 +275,65 @@ def test_on_a_lower_rung_another_mtu_is_a_reason_to_climb_again(kernel: PaperKer
         news(holding, LinkChange(LinkState.UP, index, name))
     assert kernel.climbs == ["alpha", "beta", "alpha"]
     assert holding.said()["mode"] == "native"
+
+
+def climbs_of(kernel: PaperKernel, holding: Ingress, from_s: int, to_s: int) -> list[int]:
+    """At which seconds it was tried again."""
+    tried = []
+    for now_s in range(from_s, to_s):
+        before = len(kernel.climbs)
+        assert not holding.tend(now_s * NS_PER_S)  # nothing is handed over anew
+        tried += [now_s] * (len(kernel.climbs) - before)
+    return tried
+
+
+def test_from_a_lower_rung_it_climbs_again_at_growing_pauses_and_no_more_once_it_is_up(kernel: PaperKernel) -> None:
+    kernel.rungs["alpha"] = ("generic", "native: No space left on device")
+    kernel.add("alpha", 7)
+    kernel.add("beta", 8)
+    holding = ingress_on(kernel, "alpha", "beta")
+    holding.tend(0)
+    tried = [0, *climbs_of(kernel, holding, 1, 3_000)]
+    assert [later - earlier for earlier, later in pairwise(tried)] == [30, 60, 120, 240, 480, 600, 600, 600]
+    assert holding.said()["mode"] == "generic"
+    assert [hook.closed for hook in kernel.hooks if hook.interface == "alpha"] == [True] * 8 + [False]
+    assert kernel.climbs.count("beta") == 1
+    assert [values["interface"] for event, values in kernel.log if "active" in event] == ["alpha", "beta"]  # told once
+    kernel.rungs.clear()
+    assert climbs_of(kernel, holding, 3_000, 6_000) == [3_330]
+    assert holding.said()["mode"] == "native"
+
+
+def test_a_change_makes_it_climb_at_once_but_not_one_that_its_own_try_may_have_caused(kernel: PaperKernel) -> None:
+    kernel.rungs["alpha"] = ("generic", "native: the self-test packet did not come out")
+    kernel.add("alpha", 7)
+    holding = ingress_on(kernel, "alpha")
+    holding.tend(0)
+    assert climbs_of(kernel, holding, 1, 40) == [30]
+    for now_s, carrier in ((32, False), (35, True)):  # as after a driver's reset
+        kernel.add("alpha", 7, carrier=carrier)
+        news(holding, LinkChange(LinkState.UP, 7, "alpha"), now_ns=now_s * NS_PER_S)
+    assert climbs_of(kernel, holding, 36, 80) == []
+    kernel.add("alpha", 7, carrier=False)
+    news(holding, LinkChange(LinkState.UP, 7, "alpha"), now_ns=80 * NS_PER_S)
+    assert climbs_of(kernel, holding, 80, 82) == []  # not without a carrier
+    kernel.add("alpha", 7)
+    news(holding, LinkChange(LinkState.UP, 7, "alpha"), now_ns=82 * NS_PER_S)
+    assert len(kernel.climbs) == 3
+    assert climbs_of(kernel, holding, 83, 180) == [112, 172]
+
+
+def test_where_the_driver_says_that_it_has_no_native_mode_nothing_is_taken_off_to_try_it(
+    kernel: PaperKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.rungs["alpha"] = ("generic", "native: Operation not supported")
+    kernel.add("alpha", 7)
+    holding = ingress_on(kernel, "alpha")
+    holding.tend(0)
+    monkeypatch.setattr(ingress, "xdp_features", lambda _index: XdpFeature.REDIRECT)
+    assert climbs_of(kernel, holding, 1, 1_000) == []
+    monkeypatch.setattr(ingress, "xdp_features", lambda _index: XdpFeature.BASIC)  # another driver, or its new firmware
+    assert climbs_of(kernel, holding, 1_000, 3_000)[:1] == [1_530]
 
 
 @pytest.mark.parametrize("noticed", ["news", "look"])

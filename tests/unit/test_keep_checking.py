@@ -8,10 +8,10 @@ import pytest
 
 from sprint.admission import CHECK_NS, ENDS_A_TURN, Admission, Ticket
 from sprint.composition import keep_checking
-from sprint.key_book import KeyBook
 from sprint.keys import FILE_NAME, KeyStore
 from sprint.seats import private_seats
 from sprint.tiers import NS_PER_S, Tier
+from tests.unit.key_books import open_book
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def loop() -> Any:
 
 
 def gate_of(tmp_path: Path) -> Admission:
-    return Admission(Tier.TURBO, KeyBook(tmp_path / FILE_NAME), private_seats())
+    return Admission(Tier.TURBO, open_book(tmp_path / FILE_NAME), private_seats())
 
 
 def test_a_file_that_can_not_be_read_is_told_once_and_so_is_that_it_can_again(tmp_path: Path, loop: Any) -> None:

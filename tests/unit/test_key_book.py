@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sprint.key_book import KeyBook
 from sprint.keys import FILE_NAME, KeyStore, hash_of
 from sprint.tiers import Tier
+from tests.unit.key_books import open_book
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_without_a_file_no_key_is_known_and_one_made_later_is(path: Path) -> None:
-    book = KeyBook(path)
+    book = open_book(path)
     assert book.look_up("spk_" + 64 * "0", NOW) is None
     assert book.reason is None
 
@@ -51,7 +52,7 @@ def test_a_key_is_unknown_once_it_is_revoked_or_has_expired(path: Path) -> None:
     with KeyStore(path) as store:
         revoked = store.create("revoked", Tier.TURBO, NOW, connections=1)
         expiring = store.create("expiring", Tier.TURBO, NOW, expires_s=NOW + 10, connections=1)
-        book = KeyBook(path)
+        book = open_book(path)
         assert book.look_up(expiring, NOW + 9) is not None
         assert book.look_up(expiring, NOW + 10) is None
         assert book.valid(hash_of(revoked), NOW) is not None
@@ -73,7 +74,7 @@ def test_of_ten_thousand_keys_each_is_found_and_no_change_is_missed(path: Path) 
         ]
         database.executemany("INSERT INTO keys VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     database.close()
-    book = KeyBook(path)
+    book = open_book(path)
 
     assert len(book) == 10_001
     assert all(book.look_up(f"key {n}", NOW) is not None for n in range(10_000))
@@ -89,7 +90,7 @@ def test_of_ten_thousand_keys_each_is_found_and_no_change_is_missed(path: Path) 
 def test_a_file_that_can_not_be_read_leaves_what_was_known_and_says_so(path: Path) -> None:
     with KeyStore(path) as store:
         key = store.create("acme", Tier.TURBO, NOW, connections=1)
-    book = KeyBook(path)
+    book = open_book(path)
     holder = sqlite3.connect(path, isolation_level=None)
     try:
         holder.execute("BEGIN EXCLUSIVE")
@@ -109,7 +110,7 @@ def test_a_file_that_can_not_be_read_leaves_what_was_known_and_says_so(path: Pat
 def test_a_removed_file_ends_every_key_and_another_in_its_place_counts(path: Path, tmp_path: Path) -> None:
     with KeyStore(path) as store:
         old = store.create("old", Tier.TURBO, NOW, connections=1)
-    book = KeyBook(path)
+    book = open_book(path)
     with KeyStore(tmp_path / "other") as store:
         new = store.create("new", Tier.TURBO, NOW, connections=1)
     os.replace(tmp_path / "other", path)
@@ -129,7 +130,7 @@ def test_an_older_file_that_is_copied_over_this_one_counts_as_it_is(path: Path) 
     backup = path.read_bytes()
     with KeyStore(path) as store:
         new = store.create("new", Tier.TURBO, NOW, connections=1)
-    book = KeyBook(path)
+    book = open_book(path)
     assert book.look_up(new, NOW) is not None
 
     path.write_bytes(backup)
@@ -147,13 +148,13 @@ def test_a_file_that_was_damaged_and_mended_in_place_is_read_again(path: Path) -
     with KeyStore(path) as store:
         key = store.create("acme", Tier.TURBO, NOW, connections=1)
     good = path.read_bytes()
-    book = KeyBook(path)
+    book = open_book(path)
     for damaged in (b"no database" * 400, good[:5_000]):
         path.write_bytes(damaged)
         book.refresh()
         assert book.reason is not None
         assert book.look_up(key, NOW) is not None
-        assert len(KeyBook(path)) == 0
+        assert len(open_book(path)) == 0
         path.write_bytes(good)
         book.refresh()
         assert book.reason is None
@@ -176,7 +177,7 @@ def test_an_operator_who_is_killed_in_mid_change_keeps_nobody_out(path: Path) ->
     os.waitpid(child, 0)
     assert path.with_name(f"{FILE_NAME}-journal").stat().st_size
 
-    book = KeyBook(path)
+    book = open_book(path)
 
     assert book.reason is None
     assert book.look_up(key, NOW) is not None
@@ -192,7 +193,7 @@ def test_no_text_but_a_key_is_accepted(text: str) -> None:
 def test_forged_truncated_and_huge_keys_are_refused(path: Path) -> None:
     with KeyStore(path) as store:
         key = store.create("acme", Tier.TURBO, NOW, connections=1)
-    book = KeyBook(path)
+    book = open_book(path)
     flipped = key[:-1] + ("0" if key[-1] != "0" else "1")
     for forged in (flipped, key[:-1], key + "0", key.upper(), f" {key}", key + "\n", "", key * 15_000, "\ud800"):
         assert book.look_up(forged, NOW) is None
@@ -227,7 +228,7 @@ def test_the_time_of_a_refusal_does_not_tell_whether_the_key_exists(path: Path) 
             store.revoke(f"n{n}", NOW)
         expired = [store.create("x", Tier.TURBO, NOW - 2, expires_s=NOW - 1, connections=1) for _ in range(count)]
     unknown = [f"spk_{random.randbytes(32).hex()}" for _ in range(count)]
-    book = KeyBook(path)
+    book = open_book(path)
 
     def naive(text: str) -> bool:
         """As one would write it first: what is unknown is refused before anything is computed."""

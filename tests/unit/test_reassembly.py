@@ -232,6 +232,15 @@ def test_pieces_in_reverse_within_the_window_of_reordering_are_told_once(kind: A
     assert told(hear(reversed(pieces))) == [(kind, BLOCK.hash)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_crumbs_that_come_before_what_was_lost_ahead_of_them_is_repeated_are_put_together(kind: Announcement) -> None:
+    stream = announcement(BLOCK, kind)[:120]
+    crumbs = cut(stream, range(len(stream)))
+    after = cut(PING * 3, range(0, 96, 16), 1_000 + len(stream))
+    assert told(hear([*crumbs[1:], crumbs[0], *after])) == told(hear([segment(1_000, stream)]))
+    assert told(hear([*crumbs[:9], *crumbs[10:], *after, crumbs[9]])) == told(hear([segment(1_000, stream)]))
+
+
 def test_a_retransmission_is_told_once_a_flow_and_once_a_backend() -> None:
     one, other = reassembler(), reassembler()
     first, elsewhere = segment(1, announcement(BLOCK)), segment(1, announcement(BLOCK), flow=flow_of(1))

@@ -19,8 +19,17 @@ struct arrival {
     u64 at_ns;    /* CLOCK_MONOTONIC, the first frame; 0: none yet */
     u64 seen_ns;  /* what its record says */
     u64 sequence; /* likewise */
-    u32 source;   /* likewise */
+    u8 source;    /* likewise */
+    u8 exact;     /* the reader's: 1, the clock is read for it */
+    u16 zero;
     u32 frames;
+};
+
+/* Of one CPU. */
+struct reading {
+    u64 now_ns;
+    u64 sequence; /* of the record that it was read for */
+    u64 frames;
 };
 
 #endif

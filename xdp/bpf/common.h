@@ -12,6 +12,7 @@
 #define UNPLACED_LIMIT 256    /* segments on end without a message header, until a flow counts as opaque, */
 #define V1_UNPLACED_LIMIT 16384 /* and if it has been seen to speak v1: more than a whole message takes, on any link */
 #define STAMPS 1024           /* segments on their way through the mirror; a power of two */
+#define SEARCHED_BYTES 4096   /* of a segment that can't be placed: there the magic is looked for; a multiple of 8 */
 #define EXPRESS_PAYLOAD 16384 /* captured of one segment at most: GRO hands on up to 64 KiB, per-CPU memory ends at 32 */
 #define MIRROR_FRAME 3512     /* what the mirror link carries in one piece: links.MIRROR_MTU and Ethernet's 14 bytes */
 #define XSKS 16

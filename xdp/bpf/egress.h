@@ -12,12 +12,17 @@
 #define INTERFACES 64     /* that subscribers are reached by */
 #define FRAMES_A_BATCH 64 /* the NAPI budget: with more, a veth's ring of 256 overflows now and then */
 #define PAYLOAD_LIMIT 256
+#define LOSSES 64         /* stretches of a run that are noted for being sent again */
+#define RECORD_SIZE 192 /* of most payloads: docs/wire-format.md */
 
 #define IPV4_HEADERS 42 /* Ethernet, IPv4, UDP */
 #define IPV6_HEADERS 62
+#define ENTRY_HEADERS 48 /* of them, so many stand in the entry, and the rest apart */
 
-/* One frame's destination. Written by the table's owner alone, and only while no order names it; afterwards nothing
- * but `active`, and `headers[0]` as one store. */
+/* One frame's destination: a cache line, for what a run takes longest for is to read ten thousand of them. Written by
+ * the table's owner alone, and only while no order names it; afterwards nothing but `active`, and `headers[0]` as one
+ * store. The table has twice ENTRIES: what headers of IPv6 have beyond ENTRY_HEADERS begins `headers` of the element
+ * that stands ENTRIES further on, which is never active. */
 struct subscriber {
     u32 active;
     u8 size; /* IPV4_HEADERS or IPV6_HEADERS */
@@ -25,8 +30,7 @@ struct subscriber {
     u16 device; /* in the DEVMAP */
     u32 ip_sum;  /* of 16-bit words as they stand in memory: IPv4's header without its length, */
     u32 udp_sum; /* and what UDP's checksum covers, without both lengths and the payload */
-    u64 headers[8]; /* lengths and checksums zero */
-    u64 unused[6];  /* to whole cache lines */
+    u64 headers[6]; /* lengths and checksums zero */
 };
 
 /* How many of an order are visited. Written by the table's owner before it makes the snapshot the current one. */
@@ -35,7 +39,8 @@ struct snapshot {
     u32 first;   /* subscribers of the first rank, who stand in front */
     u32 count;
     u32 with_ipv6; /* 1: some are reached by IPv6 */
-    u32 zero[11];
+    u32 interfaces; /* by so many they are reached */
+    u32 zero[10];
 };
 
 /* The table's owner's words to the senders. */
@@ -71,10 +76,17 @@ struct run {
     u32 zero;
     u64 began_ns; /* CLOCK_MONOTONIC: the first frame's turn, */
     u64 first_ended_ns; /* the first rank's last frame taken or refused, */
-    u64 ended_ns; /* the last frame's */
+    u64 ended_ns; /* the last frame's; 0 for a run whose last turn never came */
     u64 idle[2];
 
     u8 payload[256];
+
+    /* Where drivers refused frames, in the order of their turns: the places of the last of each stretch, and how many
+     * they are. That is exact where one interface takes all of them, and nobody has left since the order was written. */
+    u32 lost_end[64]; /* LOSSES */
+    u32 lost_count[64];
+    u32 losses; /* may be more than there is room for */
+    u32 none[15];
 };
 
 /* One per CPU: frames on their way to a driver. They are there before the batch that they belong to ends, and softirqs

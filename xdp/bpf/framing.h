@@ -144,6 +144,20 @@ lost:
     want(w, w->offset, w->length, CAPTURED_UNPLACED);
 }
 
+/* Whether a guess knows where messages start in a segment, or that none does. */
+static __always_inline int places_it(struct track *t, struct work *w)
+{
+    u32 length = UNKNOWN(w->length), sequence = UNKNOWN(w->sequence);
+    s32 ahead = t->next - sequence;
+    if (!t->valid)
+        return 0;
+    if (t->proven && (s32)(sequence - t->body_from) >= 0 && (s32)(t->body_to - sequence) >= (s32)length)
+        return 1;
+    if (ahead < 0 || ahead > MAX_MESSAGE + HEADER_SIZE)
+        return 0;
+    return ahead < (s32)length || (t->proven && (s32)(sequence - t->last) >= 0);
+}
+
 /* One guess's view of a segment. */
 static __always_inline void try_track(struct view *v, struct work *w, struct flow *f, u32 index, struct counters *n,
                                       struct config *c)
@@ -170,7 +184,10 @@ static __always_inline void try_track(struct view *v, struct work *w, struct flo
             w->placed = 1; /* in a message's body */
         return;
     }
-    w->placed = 1;
+    /* A magic that was searched for hides nothing before another message follows where its own says. */
+    w->doubtful = UNKNOWN(w->searched) && w->fresh == index;
+    if (!UNKNOWN(w->doubtful))
+        w->placed = 1;
     w->offset = ahead;
     w->found = 0;
     w->lost = 0;
@@ -182,7 +199,8 @@ static __always_inline void try_track(struct view *v, struct work *w, struct flo
         f->unplaced = 0;
     }
     if (w->found) {
-        t->proven = 1;
+        if (!UNKNOWN(w->doubtful))
+            t->proven = 1;
         if (w->fresh != index)
             f->main = index;
     } else if (w->lost) {

@@ -48,6 +48,8 @@ struct work {
     u32 state;  /* its state, */
     u32 rival;  /* and where its other guess has the next message start */
     u32 placed; /* 1: a guess knows where messages start in it, or that none does */
+    u32 searched; /* 1: the new guess is the first magic in it, which may stand in a message's body */
+    u32 doubtful; /* 1: that one is being followed */
     u32 header[12];
     struct flow_key key;
 };

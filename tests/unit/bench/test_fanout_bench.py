@@ -69,7 +69,9 @@ def test_every_way_reaches_every_subscriber_on_the_wire_and_on_sockets(measured:
     for size in results["sizes"]:
         assert set(size["wire"]) == {LIVE, AF_XDP, SENDMMSG} | two
         assert set(size["sockets"]) == {LIVE, AF_XDP, SENDMMSG, STREAM} | set(filter(installed, PEERS))
-        for place in ("wire", "sockets"):
+        asleep = size["subscribers"] == SUBSCRIBERS
+        assert set(size["wire_asleep"] or ()) == (set(size["wire"]) if asleep else set())
+        for place in ("wire", "wire_asleep", "sockets") if asleep else ("wire", "sockets"):
             for name, way in size[place].items():
                 assert (way["rounds"], way["missing"], way["incomplete"]) == (ROUNDS, 0, 0), name
                 assert 0 < way["first_ms"] <= way["median_ms"] <= way["p99_9_ms"] <= way["last_ms"] < 60_000, name
@@ -86,6 +88,8 @@ def test_the_figures_that_others_rely_on_are_those_of_the_largest_number(measure
     assert results["reference_subscribers"] == SUBSCRIBERS
     assert results["live_wire_last_ms_p50"] == largest["wire"][LIVE]["last_ms"]
     assert results["live_sockets_last_ms_p50"] == largest["sockets"][LIVE]["last_ms"]
+    assert results["live_wire_asleep_last_ms_p50"] == largest["wire_asleep"][LIVE]["last_ms"]
+    assert results["live_wire_asleep_vs_sendmmsg_wire_asleep"] > 0
     assert named == ratios(largest["wire"], largest["sockets"])
     assert set(named) == {
         "live_wire_vs_sendmmsg_wire",

@@ -181,6 +181,9 @@ def test_a_subscriber_that_moves_proves_its_new_address_and_keeps_the_old_one_un
             pass
         assert decode(data).sequence == 2
         assert stage.tier(1).subscribers == 1
+        sessions = stage.stream._udp
+        assert sessions is not None
+        assert sessions._behind == {}  # else it would be looked at in each publication, to the end of its session
 
 
 def test_a_session_that_ends_or_a_udp_side_that_begins_anew_puts_records_back_on_tcp(stage: Stage) -> None:

@@ -25,6 +25,8 @@ from sprint.deliveries.udp_leases import (
 from sprint.deliveries.udp_limits import (
     COOKIE_LIFE_NS,
     MAX_STRANGERS,
+    OWN_BURST,
+    OWN_PER_S,
     STRANGER_BURST,
     TOTAL_BURST,
     ChallengeLimits,
@@ -176,6 +178,17 @@ def test_one_subscription_gets_a_challenge_no_more_often_than_it_needs() -> None
     assert desk.here(1, HOME) == []
     desk.now = CHALLENGE_GAP_NS
     assert len(desk.here(1, HOME)) == 1
+
+
+def test_one_subscriber_who_claims_to_be_everywhere_keeps_nobody_else_from_proving_his_address() -> None:
+    desk = Desk()
+    desk.want(1)
+    challenged = 0
+    for number in range(2 * TOTAL_BURST):
+        desk.now += NS_PER_S // 20_000
+        challenged += len(desk.here(1, Address(HOME.host, 1024 + number)))
+    assert challenged <= OWN_BURST + OWN_PER_S * desk.now // NS_PER_S
+    assert len(desk.want(2, ELSEWHERE, ELSEWHERE.host)) == 1
 
 
 def test_strangers_get_few_challenges_whoever_asks_and_all_together_are_bounded() -> None:

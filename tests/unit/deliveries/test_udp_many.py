@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sprint import client_protocol
 from sprint.client_datagrams import DatagramProtocol
 from sprint.datagrams import MAX_FROM_SERVER
 from sprint.record import MAGIC, Record
-from sprint.tiers import Tier
+from sprint.tiers import NS_PER_S, Tier
 from tests.unit.deliveries.udp_stage import PATIENCE_S, Stage, until
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Client:
         self.got: list[int] = []
         self.by_udp: list[int] = []
         self.dropped = 0
+        """Records; heartbeats that are lost as well cost nothing, and how many there are hangs on the time it takes."""
         self.protocol = DatagramProtocol(key=tier.label, check_proof=False)
         host, _, port = stage.address.rpartition(":")
         self.tcp = socket.create_connection((host, int(port)), PATIENCE_S)
@@ -66,7 +68,7 @@ class Client:
     def read_udp(self, drops: Callable[[bytes], bool]) -> None:
         data = self.udp.recv(MAX_FROM_SERVER + 1)
         if drops(data):
-            self.dropped += 1
+            self.dropped += data.startswith(MAGIC)
             return
         items = self.protocol.receive_datagram(data, time.monotonic_ns())
         self.by_udp += [item.sequence for item in items if isinstance(item, Record)]
@@ -124,7 +126,12 @@ class Swarm:
                     client.look(time.monotonic_ns())
 
 
-def test_a_thousand_lose_one_datagram_in_a_hundred_and_then_the_last_one_and_miss_nothing() -> None:
+def test_a_thousand_lose_one_datagram_in_a_hundred_and_then_the_last_one_and_miss_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # One thread is all of them: where it is slow, it hasn't looked for longer than a server may be silent.
+    for limit in ("ANSWER_TIMEOUT_NS", "SILENCE_TIMEOUT_NS"):
+        monkeypatch.setattr(client_protocol, limit, int(PATIENCE_S * NS_PER_S))
     chance = random.Random(5)
     with Stage() as stage, Swarm(stage, MANY) as swarm:
         swarm.until(lambda client: client.protocol.active, "every address is proven")
@@ -138,7 +145,7 @@ def test_a_thousand_lose_one_datagram_in_a_hundred_and_then_the_last_one_and_mis
         dropped = sum(client.dropped for client in swarm.clients)
         assert dropped > MANY * RECORDS * LOSS / 2
         repaired = sum(len(client.got) for client in swarm.clients)
-        assert repaired >= dropped / 2  # heartbeats were dropped as well
+        assert repaired >= dropped
         for client in swarm.clients:
             assert sorted(client.got + client.by_udp) == list(range(1, RECORDS + 1))
 

@@ -41,10 +41,11 @@ class Reader:
 
     def __init__(self, stage: Stage, *topics: str, hwm: int = 1000) -> None:
         self.stage = stage
+        self.topics = topics or ("",)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.SUB)
         self.socket.setsockopt(zmq.RCVHWM, hwm)
-        for topic in topics or ("",):
+        for topic in self.topics:
             self.socket.setsockopt_string(zmq.SUBSCRIBE, topic)
         self.socket.connect(f"tcp://127.0.0.1:{stage.port}")
 
@@ -76,6 +77,10 @@ class Stage:
         self.accounts = self.status.delivery(0, "zmq")
         self.store = BlockStore()
         self.wanted: set[bytes] = set()
+        self.hopeless: set[bytes] = set()
+        self.heard = False
+        """Whether the operator's node could tell what it has connected."""
+        self.most = 100
         self.listener = ZmqDelivery.listen(Address("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.readers: list[Reader] = []
@@ -89,7 +94,10 @@ class Stage:
             proof=self.proof,
             tier=Tier.TURBO,
             store=self.store,
+            max_subscribers=self.most,
             on_wanted=lambda topics: setattr(self, "wanted", topics),
+            node_is_heard=lambda: self.heard,
+            is_hopeless=lambda block_hash: block_hash in self.hopeless,
         )
         self.writer = Broadcaster(RingWriter(self.ring), b"regt", [self.delivery], time.monotonic_ns)
         self.delivery.start(self.loop, self.listener)
@@ -107,17 +115,26 @@ class Stage:
         """One that is subscribed by now: what it reads of `sprint` is not needed to know."""
         one = Reader(self, *topics)
         self.readers.append(one)
-        probe = b"sequence" + bytes(25)
+        for topic in one.topics:
+            self._probe(one, topic)
+        return one
+
+    def _probe(self, one: Reader, topic: str) -> None:
+        """Ask this reader by that topic until it hears; whoever wants the same hears it, too, and reads to the end."""
+        asked = 0
 
         def heard() -> bool:
-            self.delivery._pub.send_multipart([(topics or ("",))[0].encode(), probe, bytes(4)])
+            nonlocal asked
+            asked += 1
+            self.delivery._pub.send_multipart([topic.encode(), b"probe %d" % asked, bytes(4)])
             return bool(one.socket.poll(1))
 
-        self.wait(heard, "a subscription")
-        for each in self.readers:  # all who want the same topic were asked as well
-            while each.socket.poll(50):
-                assert each.socket.recv_multipart()[1] == probe
-        return one
+        self.wait(heard, f"a subscription to {topic!r}")
+        for each in self.readers:
+            if any(topic.startswith(prefix) for prefix in each.topics):
+                read = each.read(1)
+                while read[-1][:2] != (topic, f"probe {asked}".encode()):
+                    read = each.read(1)
 
     def tell(self, event: Event, block: MinedBlock, state: State = State.BEST) -> None:
         header = block.header.encode()

@@ -35,11 +35,13 @@ DEADLINES = {tier: PROFILES[tier].write_deadline_ns for tier in Tier}
 class Stage:
     """Keys are tiers' names; publish() is the relay."""
 
-    def __init__(self, slots: int = 256, host: str = "127.0.0.1", heartbeat_ns: int = NS_PER_S) -> None:
+    def __init__(
+        self, slots: int = 256, host: str = "127.0.0.1", heartbeat_ns: int = NS_PER_S, session: int = SESSION
+    ) -> None:
         self.loop = asyncio.new_event_loop()
-        self.ring = Ring.create(bytearray(size_for(slots)), slots, SESSION)
+        self.ring = Ring.create(bytearray(size_for(slots)), slots, session)
         self.writer = RingWriter(self.ring)
-        self.status = StatusBlock.create(SESSION, {})
+        self.status = StatusBlock.create(session, {})
         self.counters = self.status.layout.udp
         self.sock = UdpDelivery.bind(Address(host, 0))
         self.udp_address = bound_address(self.sock)
@@ -110,7 +112,7 @@ class Stage:
 
         def step() -> int:
             for _ in range(count):
-                self.writer.claim()[:] = record(self.writer.next_sequence).encode()
+                self.writer.claim()[:] = record(self.writer.next_sequence, self.ring.session).encode()
                 self.writer.commit(best=True)
             if stream:
                 self.stream.publish()

@@ -70,8 +70,9 @@ class _Family:
 
         return Child(name, main)
 
-    def run(self, *children: Child) -> None:
-        self.supervisor = Supervisor(tuple(children), self.log, self._changed, {self._ears: self._listen})
+    def run(self, *children: Child, watches: dict[int, Callable[[], None]] | None = None) -> None:
+        watched = {self._ears: self._listen, **(watches or {})}
+        self.supervisor = Supervisor(tuple(children), self.log, self._changed, watched)
         try:
             self.supervisor.run()
         finally:
@@ -115,6 +116,29 @@ def _alive(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
+
+
+def test_a_child_that_was_told_to_end_together_with_us_has_not_died() -> None:
+    family = _Family()
+    told, teller = os.pipe()
+
+    def on_word(_name: str, pid: int) -> None:
+        os.write(teller, b"end")  # before the child's death: the next look sees both, in this order
+        os.kill(pid, signal.SIGTERM)
+        while _alive(pid):
+            time.sleep(0.001)
+
+    family.on_word = on_word
+    child = family.lives("one")
+
+    def stop() -> None:
+        family.supervisor.stop()
+
+    family.run(child, watches={told: stop})
+    for descriptor in (told, teller):
+        os.close(descriptor)
+    assert (child.pid, child.restarts, family.log.lines) == (0, 0, [])
+    assert _nobody_left()
 
 
 def test_a_killed_child_comes_back_and_the_others_live_on() -> None:

@@ -25,6 +25,7 @@ class ScriptedCapture:
         self.descriptor = os.eventfd(0)
         self.batches: list[list[Segment]] = []
         self.polls = 0
+        self.due_ns: int | None = None
         self._lent: list[bytearray] = []
 
     def fileno(self) -> int:
@@ -37,6 +38,9 @@ class ScriptedCapture:
         batch = self.batches.pop(0) if self.batches else []
         self._lent = [bytearray(one.payload) for one in batch]
         return [one._replace(payload=memoryview(lent)) for one, lent in zip(batch, self._lent, strict=True)]
+
+    def deadline(self) -> int | None:
+        return self.due_ns
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -98,9 +102,53 @@ def test_what_a_glance_shows_is_returned_before_the_rest_of_the_segments_is_look
     shown = segment(5_000, announcement(BLOCK), flow=flow_of(2))
     assert told(rig.poll(hidden, shown)) == [(Announcement.CMPCTBLOCK, BLOCK.hash)]
     assert rig.source.deadline() == 0
-    assert told(rig.poll()) == [(Announcement.CMPCTBLOCK, OTHER.hash)]
     assert rig.capture.polls == 1
+    assert told(rig.poll()) == [(Announcement.CMPCTBLOCK, OTHER.hash)]
     assert rig.source.deadline() is None
+
+
+def test_the_turn_that_ends_with_some_segments_takes_up_what_came_behind_them() -> None:
+    rig = Rig()
+    rig.capture.batches = [[segment(1, announcement(BLOCK))], [segment(9_000, announcement(OTHER))]]
+    assert told(rig.poll()) == [(Announcement.CMPCTBLOCK, BLOCK.hash)]
+    assert told(rig.poll()) == [(Announcement.CMPCTBLOCK, OTHER.hash)]
+    assert rig.source.deadline() == 0
+    assert rig.poll() == []
+    assert rig.source.deadline() is None
+
+
+def test_mirrored_copies_of_what_the_ring_buffer_has_had_are_read_in_full_at_once() -> None:
+    rig = Rig()
+    both = announcement(BLOCK) + announcement(OTHER)
+    segments = [segment(1, both, arrival_ns=7), segment(1 + len(both), announcement(BLOCKS[2]), arrival_ns=8)]
+    assert len(rig.drain(*segments)) == 3
+    copies = [one._replace(backend=Backend.AF_XDP) for one in segments]
+    assert [(one.peer, one.seen_ns, one.hash) for one in rig.poll(*copies)] == [
+        ("capture af_xdp", 7, BLOCK.hash),
+        ("capture af_xdp", 7, OTHER.hash),
+        ("capture af_xdp", 8, BLOCKS[2].hash),
+    ]
+    assert rig.source.deadline() is None
+
+
+def test_what_the_mirror_has_alone_is_glanced_at_first() -> None:
+    rig = Rig()
+    both = announcement(BLOCK) + announcement(OTHER)
+    assert len(rig.drain(segment(1, announcement(BLOCK), flow=flow_of(1), arrival_ns=7))) == 1
+    newer = segment(1, both, backend=Backend.AF_XDP, arrival_ns=8)
+    assert told(rig.poll(newer)) == [(Announcement.CMPCTBLOCK, BLOCK.hash)]
+    assert rig.source.deadline() == 0
+    assert told(rig.poll()) == [(Announcement.CMPCTBLOCK, OTHER.hash)]
+
+
+def test_where_nothing_is_left_to_do_it_wants_a_turn_when_the_capture_does() -> None:
+    rig = Rig()
+    rig.capture.due_ns = 9
+    assert rig.source.deadline() == 9
+    rig.poll(segment(1, announcement(BLOCK)))
+    assert rig.source.deadline() == 0
+    rig.poll()
+    assert rig.source.deadline() == 9
 
 
 def test_what_one_flow_says_in_order_is_told_in_that_order() -> None:

@@ -35,8 +35,9 @@ GENESIS = REGTEST.genesis_hash
 class CorePublisher:
     """Publishes as Core does, on a port of its own; messages can be swallowed on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.host = host
         self.port = 0
         self.counters: dict[bytes, int] = {}
         self.open()
@@ -48,7 +49,8 @@ class CorePublisher:
     def open(self) -> None:
         self.socket = self.context.socket(zmq.XPUB)
         self.socket.setsockopt(zmq.XPUB_VERBOSE, 1)
-        self.socket.bind(f"tcp://127.0.0.1:{self.port or '*'}")
+        self.socket.setsockopt(zmq.IPV6, int(":" in self.host))
+        self.socket.bind(f"tcp://{self.host}:{self.port or '*'}")
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.rsplit(b":", 1)[1])

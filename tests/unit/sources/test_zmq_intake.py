@@ -30,7 +30,7 @@ def stack() -> Iterator[ExitStack]:
 def publisher(stack: ExitStack) -> CorePublisher:
     one = CorePublisher()
     stack.callback(one.context.term)
-    stack.callback(lambda: one.close())
+    stack.callback(one.close)
     return one
 
 

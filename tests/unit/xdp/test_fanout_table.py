@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ENTRY, RUN = EGRESS.layouts["subscriber"].size, EGRESS.layouts["run"].size
-SIZES = {"subscribers": ENTRY * ENTRIES, "orders": 4 * SNAPSHOTS * SUBSCRIBERS}
+SIZES = {"subscribers": 2 * ENTRY * ENTRIES, "orders": 4 * SNAPSHOTS * SUBSCRIBERS}
 HOPS = [
     NextHop(index, bytes([2] * 6), bytes([4 + index, 0, 0, 0, 0, mac]), bytes(4)) for index in (2, 3) for mac in (1, 2)
 ]
@@ -43,7 +43,7 @@ def memory() -> Iterator[FanoutHandover]:
     try:
         for name in ("program", "subscribers", "orders", "snapshots", "directory", "runs", "devices"):
             fds[f"{name}_fd"] = os.memfd_create(name)
-            os.ftruncate(fds[f"{name}_fd"], SIZES.get(name, 4096))
+            os.ftruncate(fds[f"{name}_fd"], SIZES.get(name, 8192))
         yield FanoutHandover(contexts=tuple(range(RUNS)), **fds)
     finally:
         for fd in fds.values():
