@@ -2,13 +2,17 @@
 
 import signal
 
-if __name__ == "__main__":
-    # Loading takes a third of a second, in which Ctrl-C ends us as any program that doesn't ask for more; not at all if
-    # it was ignored when we were started.
+
+def main() -> None:
+    """Load the command and become it; meanwhile, a third of a second, Ctrl-C ends us without a word."""
     asked = signal.getsignal(signal.SIGINT)
-    if asked is signal.default_int_handler:
+    if asked is signal.default_int_handler:  # else it was ignored when we were started, and stays so
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sprint.cli import main
+    from sprint import cli  # noqa: PLC0415 - that is what takes the time
 
     signal.signal(signal.SIGINT, asked)
+    cli.main()
+
+
+if __name__ == "__main__":
     main()

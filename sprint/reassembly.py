@@ -42,14 +42,12 @@ CLOSED_AGE_NS = 1_000_000_000
 MAX_GATHERED = 8
 """Messages half there, a flow: one or two are real. The oldest makes room."""
 MAX_STRAYS = 128
-"""Segments kept, a flow, because the start of what they carry may come late: the window of reordering. As many as come
-until TCP has repeated what was lost, where each is a few bytes long."""
+"""Segments kept, a flow: where they begin may come late, behind all the crumbs until TCP repeats what was lost."""
 MAX_FLOW_BYTES = 256 * 1024
 """The longest inv that is read, and beside it strays as large as generic XDP's packets of 64 kB."""
 MAX_TOTAL_BYTES = 16 * 1024 * 1024
 MAX_TRUSTED_BODY = 64 * 1024
-"""How far ahead a length field is believed to hide the magic: a forged one loses no more than that, and not what begins
-a segment."""
+"""How far ahead a length is believed to hide the magic: a forged one hides no more, nor what begins a segment."""
 ENTRY_COST = 256
 """Bytes that a kept segment or a message half there takes up beside its payload."""
 FLOW_COST = 1_024
@@ -120,8 +118,8 @@ class Reassembler:
         # Of the segment at hand:
         self._at_hand: tuple[int, bytes] = (0, b"")
         self._heard: list[Sighting] = []
-        self._seen_ns = 0
-        self._glanced = False
+        self._seen_ns, self._glanced = 0, False
+        self._sought: tuple[int, int, list[tuple[int, bytes]]] = (-1, 0, [])  # of _strays_at() last, and its answer
         self._hashable = 0
         """Bytes that may still be hashed: decoys inside one another don't cost more than a few times their size."""
 
@@ -160,6 +158,7 @@ class Reassembler:
                 flow.here = flow.next = flow.reach = sequence
         if data:
             self._at_hand = (sequence, data)
+            self._sought = (-1, 0, [])
             self._seen_ns = arrival_ns or now_ns
             self._glanced = glanced
             self._hashable = 4 * len(data) + _HASH_ALLOWANCE
@@ -219,8 +218,7 @@ class Reassembler:
 
         Returns whether the flow is followed to the segment's end.
         """
-        size = len(data)
-        decoys = MAX_DECOYS + size // 256
+        size, decoys = len(data), MAX_DECOYS + len(data) // 256
         at, followed, borne_out = start or 0, start is not None, False
         may_follow = followed or flow.is_ahead(sequence)
         while at < size and decoys:
@@ -329,8 +327,7 @@ class Reassembler:
             if len(gathered.data) < gathered.need:
                 if gathered.take(*self._at_hand):
                     continue
-                end = gathered.start + len(gathered.data)
-                behind = [stray for stray in flow.strays if (end - stray[0]) & _MASK < len(stray[1])]
+                behind = self._strays_at(flow, gathered.start + len(gathered.data) & _MASK)
                 if not behind or gathered.disputed or any(gathered.contradicts(*stray) for stray in flow.strays):
                     return
                 gathered.take(*behind[0])
@@ -340,13 +337,19 @@ class Reassembler:
         kind = gathered.kind
         if kind is None:
             return
-        data, start = bytes(gathered.data), gathered.start
+        data, start, body = bytes(gathered.data), gathered.start, bytes(gathered.data[FRAME_HEADER_SIZE:])
         _, _, length, checksum = FRAME.unpack_from(data)
         if not kind.early:
-            payload = data[FRAME_HEADER_SIZE:]
-            self._heard += self.announcements.whole(flow.key, start, kind, payload, checksum, self._seen_ns)
-        elif not gathered.disputed or double_sha256(data[FRAME_HEADER_SIZE:])[:4] == checksum:
+            self._heard += self.announcements.whole(flow.key, start, kind, body, checksum, self._seen_ns)
+        elif not gathered.disputed or double_sha256(body)[:4] == checksum:
             self._heard += self.announcements.early(flow.key, start, kind, length, data, 0, self._seen_ns)
+
+    def _strays_at(self, flow: _FlowState, end: int) -> list[tuple[int, bytes]]:
+        """The strays that hold the byte of that sequence number."""
+        if self._sought[:2] != (end, len(flow.strays)):  # all that a segment claims to begin ends with it: one look
+            found = [stray for stray in flow.strays if (end - stray[0]) & _MASK < len(stray[1])]
+            self._sought = (end, len(flow.strays), found)
+        return self._sought[2]
 
     def _need_more(self, flow: _FlowState, gathered: Gathered) -> bool:
         """What was needed so far is there; whether that has shown that more is needed."""

@@ -7,7 +7,7 @@
 An interface is on the first rung when its driver says that it can and a frame has been seen to leave by it; the one is
 asked again by every tick(), the other by some. A subscriber whose next hop isn't known, or is none that frames lead to,
 is on the last rung until poll() or tick() says otherwise. A relay that has stepped down takes its subscribers with it,
-until all interfaces are proven anew and it has sent again.
+until an interface is proven anew and it has said that it sends again.
 
 Nothing here blocks for longer than netlink's answers, and nothing raises for what the network does. Bounded by
 SUBSCRIBERS. Needs the network namespace of the fan-out; one thread.
@@ -206,7 +206,7 @@ class Egress:
         if due:
             self._retry_ns = now_ns + RETRY_NS
             self._pace()  # a link may have another speed, or other queues, than when it was first used
-            if self._run is not None and all(interface.live for interface in self._interfaces.values()):
+            if self._run is not None and any(interface.live for interface in self._interfaces.values()):
                 self._run.restore()  # proofs have just gone by it
             self._to_retry = [key for key, member in self._members.items() if self._may_rise(member)]
         again += [key for key in self._to_retry[-RETRIES_A_TICK:] if key in self._members]
@@ -299,12 +299,13 @@ class Egress:
         return self._interfaces[hop.ifindex].live
 
     def _vouch(self) -> None:
-        """Prove what the relay's subscribers would be reached by, and tell it if that is as it should be."""
+        """Prove what the relay's subscribers would be reached by, and tell it if it may send again: those behind
+        interfaces that take no frame aren't in its table."""
         ways = {member.hop.ifindex: member.hop.source_mac for member in self._members.values() if member.hop}
         for ifindex, mac in ways.items():
             self._interfaces.setdefault(ifindex, _Interface(mac))
             self._prove(ifindex)
-        if self._table is not None and ways and all(self._interfaces[ifindex].live for ifindex in ways):
+        if self._table is not None and any(self._interfaces[ifindex].live for ifindex in ways):
             self._table.vouch(changed=self._changed)
             self._changed = False
 

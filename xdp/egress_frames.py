@@ -1,7 +1,7 @@
 """The second rung of the egress, for one interface: its AF_XDP socket, and whose frame stands in which slot.
 
-Grows by doubling, with a new socket each time. A socket that is refused, or fails, is tried again after a pause; those
-on this rung are then for the caller to serve (see egress).
+Grows by doubling, with a new socket each time; where that is refused, it goes on with as many as it has. A socket that
+is refused, or fails, is tried again after a pause; those on this rung are then for the caller to serve (see egress).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Frames:
     def __init__(self, ifindex: int, source_port: int) -> None:
         self.ifindex, self.source_port = ifindex, source_port
         self.transmitter: Transmitter | None = None
-        self.retry_ns = 0
+        self.retry_ns = self._grow_ns = 0
         self.members: dict[int, Member] = {}
         self.free: list[int] = []
         self.order: list[int] | None = None
@@ -67,9 +67,13 @@ class Frames:
 
     def add(self, member: Member, now_ns: int) -> bool:
         """Whether his frame stands ready now."""
-        if not self.free and self.transmitter is not None:
-            self._make(2 * self.transmitter.capacity, now_ns)
-        if self.transmitter is None:
+        if not self.free and self.transmitter is not None and now_ns >= self._grow_ns:
+            before = self.transmitter.capacity
+            self._make(2 * before, now_ns)
+            if self.transmitter is None:
+                self._grow_ns = now_ns + RETRY_NS
+                self._make(before, now_ns)
+        if self.transmitter is None or not self.free:
             return False
         member.slot = self.free.pop()
         self.members[member.slot] = member

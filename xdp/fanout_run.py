@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-AGAIN_NS = 2_000_000
-"""For so long frames that a driver had no room for are tried again: then others repair it."""
+AGAIN_NS = 5_000_000
+"""For so long frames that a driver had no room for are tried again, a little longer than the scheduler lets others have
+a CPU for; then subscribers have it repaired over TCP."""
 _AGAIN_PAUSE_S = 20e-6
 CONSIDERATE_BURST = 512
 """Frames a call where others may want to go first: about 0.15 ms."""

@@ -245,7 +245,7 @@ class FanoutTable:
         return Step(said - 1) if said else None
 
     def vouch(self, *, changed: bool = False) -> None:
-        """All interfaces have been proven: senders that stepped down try again with their next publication.
+        """Interfaces have been proven: senders that stepped down try again with their next publication.
 
         One that has stepped down again and again waits longer each time, unless a link has `changed`.
         """

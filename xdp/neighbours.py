@@ -19,9 +19,13 @@ from typing import TYPE_CHECKING, final
 from xdp.datagrams import NextHop
 from xdp.fanout_maps import SUBSCRIBERS
 from xdp.routing import (
+    IFA_ADDRESS,
+    IFA_FLAGS,
+    IFA_LOCAL,
     LINK,
     NDA_DST,
     NEIGHBOUR,
+    OWN_ADDRESS,
     ROUTE,
     RTA_DST,
     RTM_DELADDR,
@@ -51,6 +55,8 @@ _NEWS_BYTES = 1 << 16
 _NEWS_BUFFER = 4 << 20
 """A change of address behind thousands of neighbours is told by as many messages."""
 _MAX_DATAGRAMS = 1024
+_MAX_OWN = 4096
+"""Addresses of this host whose flags are remembered; with more, all are forgotten."""
 _SO_RCVBUFFORCE = 33
 
 _Neighbour = tuple[int, bytes]
@@ -82,6 +88,8 @@ class NextHops:
         self._behind: dict[_Neighbour, set[bytes]] = {}
         self._macs: dict[_Neighbour, bytes | None] = {}
         """As they were told last."""
+        self._own: dict[tuple[int, int, bytes, bytes], bytes] = {}
+        """This host's addresses, with their flags, as they were told last."""
         self.link_news = 0
         """How often there was news of an interface that leads to somebody, whatever had changed of it."""
 
@@ -159,12 +167,31 @@ class NextHops:
             if before != now:
                 changed.update(address for address, by in self._by.items() if by is None or by[0] == ifindex)
         elif kind in {RTM_NEWROUTE, RTM_DELROUTE} and len(body) >= ROUTE.size:
-            bits = body[1]
-            prefix = dict(attributes(body, ROUTE.size, len(body))).get(RTA_DST, b"")
+            bits, size = body[1], 4 if body[0] == socket.AF_INET else 16
+            prefix = dict(attributes(body, ROUTE.size, len(body))).get(RTA_DST, bytes(size))
             # One to somewhere else is none of ours: a router's table may change all the time.
-            changed.update(address for address in self._by if not prefix or _is_within(address, prefix, bits))
-        elif kind in {RTM_NEWADDR, RTM_DELADDR, RTM_NEWRULE, RTM_DELRULE}:
+            changed.update(address for address in self._by if _is_within(address, prefix, bits))
+        elif kind in {RTM_NEWADDR, RTM_DELADDR}:
+            if self._has_changed(kind, body):
+                changed.update(self._by)
+        elif kind in {RTM_NEWRULE, RTM_DELRULE}:
             changed.update(self._by)
+
+    def _has_changed(self, kind: int, body: bytes) -> bool:
+        """Whether an address of this host isn't what it was: IPv6's are confirmed all the time, and stay the same."""
+        if len(body) < OWN_ADDRESS.size:
+            return False
+        _, bits, flags, ifindex = OWN_ADDRESS.unpack_from(body)
+        told = dict(attributes(body, OWN_ADDRESS.size, len(body)))
+        own = (ifindex, bits, told.get(IFA_ADDRESS, b""), told.get(IFA_LOCAL, b""))
+        if kind == RTM_DELADDR:
+            self._own.pop(own, None)
+            return True
+        if len(self._own) >= _MAX_OWN:
+            self._own.clear()
+        now = told.get(IFA_FLAGS, bytes([flags]))
+        before, self._own[own] = self._own.get(own), now
+        return before != now
 
     def _link(self, ifindex: int) -> Link | None:
         if ifindex not in self._links:

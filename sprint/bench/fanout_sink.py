@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 from sprint.tiers import NS_PER_S
 from xdp.fanout_maps import MappedArray
-from xdp.loader import BPF_FOLDER, load_in_child, parse_common
+from xdp.loader import BPF_FOLDER, TIMEOUT_S, load_in_child, parse_common
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -49,14 +49,14 @@ class Arrivals(NamedTuple):
 class Sink:
     """The program, loaded, and its memory; a context manager. Whoever is in the far namespace attaches `program_fd`."""
 
-    def __init__(self, clock_each: int = 1) -> None:
+    def __init__(self, clock_each: int = 1, timeout_s: float = TIMEOUT_S) -> None:
         """Load it: takes some seconds. With `clock_each`, the clock is read for each so many frames only.
 
         Raises LoadError, OSError.
         """
         with ExitStack() as undo:
             defines = {"SOURCE_PORT": SOURCE_PORT, "CLOCK_EACH": clock_each}
-            programs, maps = load_in_child("arrivals.c", {"stamp": "XDP"}, ["arrivals"], defines)
+            programs, maps = load_in_child("arrivals.c", {"stamp": "XDP"}, ["arrivals"], defines, timeout_s)
             self.program_fd = programs["stamp"]
             for descriptor in (*programs.values(), *maps.values()):
                 undo.callback(os.close, descriptor)

@@ -253,6 +253,7 @@ class WorkerFanout:
         self._taken: _Taken | None = None
         self._members: dict[bytes, _Member] = {}
         self._tick_ns = 0
+        self._retry_ns: int | None = None
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._egress = self._open(None)
@@ -292,9 +293,12 @@ class WorkerFanout:
     def look(self, now_ns: int) -> list[tuple[bytes, Rung]]:
         """What has changed: who is served by another rung than before. To be called each second, too."""
         changes: list[tuple[Hashable, Step]] = []
+        if self._retry_ns is not None and now_ns >= self._retry_ns:
+            self._retry_ns = None
+            self._line.ask()
         came = self._line.take()
         if came is not None:
-            self._take_over(came.facts, came.descriptors)
+            self._take_over(came.facts, came.descriptors, now_ns)
             with self._egress.batch():
                 for key, member in self._members.items():
                     self._join(key, member)
@@ -317,8 +321,9 @@ class WorkerFanout:
             member.rung = Rung.SENDMMSG
         return member.rung
 
-    def _take_over(self, facts: dict[str, Any] | None, descriptors: list[int]) -> None:
+    def _take_over(self, facts: dict[str, Any] | None, descriptors: list[int], now_ns: int) -> None:
         self._close()
+        self._retry_ns = None
         if facts is None:
             close_all(descriptors)
         else:
@@ -329,6 +334,7 @@ class WorkerFanout:
             self._log.warning("Fan-out can't be used", reason=str(error))
             self._close_taken()
             self._egress = self._open(None)
+            self._retry_ns = now_ns + RETRY_NS
 
     def _open(self, handover: FanoutHandover | None) -> Egress:
         egress = Egress(handover, self._source_port, self._source)

@@ -25,7 +25,7 @@ from sprint.deliveries.session import latency_origin_ns
 from sprint.deliveries.zmq_guests import FLOOD_NS, Guests
 from sprint.deliveries.zmq_tip import NodeTip
 from sprint.deliveries.zmq_word import PATIENCE_NS, NodeWord
-from sprint.events import Event, Lapped, State
+from sprint.events import Event, Lapped, Source, State
 from sprint.histograms import Histogram
 from sprint.record import decode
 from sprint.ring import RingReader
@@ -64,7 +64,8 @@ REPEAT_S: Final = 1.0
 """A successor says the tip once more after this, when subscribers have come back (libzmq tries every 100 ms)."""
 BACKLOG: Final = 128
 MAX_SUBSCRIBERS: Final = 1_000
-"""Connections at a time. libzmq's own bound on sockets is 1,023; Core's publishers serve a handful."""
+"""Connections at a time: a hundred times what a Core publisher serves, and few enough that strangers can't take all
+descriptors of the process."""
 TOPICS: Final = (HASHBLOCK, RAWBLOCK, *PASSED_THROUGH, SPRINT)
 
 
@@ -224,8 +225,9 @@ class ZmqDelivery:
             return self._advance([record.hash]) if record.event is self._proof else []
         if record.event is not Event.VALIDATED:
             return self._advance(self._word.learnt(record.hash))
-        # What was found in a catch-up the node may have told before we heard it.
-        waits = listening and not record.state & State.CATCHUP
+        # A block of which a publisher was the first to tell has its word; one found in a catch-up may have had it
+        # before we were there to hear it.
+        waits = listening and record.source is not Source.ZMQ and not record.state & State.CATCHUP
         blocks = self._word.validated(record.hash, self._clock(), listening=waits)
         if not blocks:
             self._loop.call_later(PATIENCE_NS / NS_PER_S + 0.01, self._on_patience)

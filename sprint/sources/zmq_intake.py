@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MESSAGES_A_TURN: Final = 64
 """Of each connection; then the loop has its turn, after about a millisecond."""
 MAX_TOPIC: Final = 16
+FEED_HIGH_WATER_MARK: Final = HIGH_WATER_MARK
+"""Messages of one feed that wait, as at any other subscriber's: a connected block is thousands at once. They are a few
+hundred bytes each; 4 MB is the bound of one."""
 
 
 class Published(NamedTuple):
@@ -78,7 +81,7 @@ class ZmqIntake:
         if topics and not self._feeds:
             first = self._nodes[0].host
             numbers = [number for number, node in enumerate(self._nodes) if node.host == first]
-            self._feeds = [_Feed(self._link(number, (), HIGH_WATER_MARK)) for number in numbers]
+            self._feeds = [_Feed(self._link(number, (), FEED_HIGH_WATER_MARK)) for number in numbers]
         for topic in topics ^ self._topics:
             self._speakers.pop(topic, None)
             for feed in self._feeds:

@@ -10,8 +10,10 @@ import pytest
 
 from sprint.bench.fanout_sink import FIRST_PORT, SOURCE_PORT, Sink
 from sprint.record import SIZE
+from tests.net.slowness import SLOWNESS
 from xdp import kernel
 from xdp.datagrams import NextHop, udp_headers
+from xdp.loader import TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +27,7 @@ HOP = NextHop(2, bytes([2] * 6), bytes([4] * 6), bytes((198, 18, 0, 1)))
 
 @pytest.fixture(scope="module", params=[1, CLOCK_EACH])
 def sink(request: pytest.FixtureRequest, bpf_loadable: None) -> Iterator[Sink]:
-    with Sink(request.param) as loaded:
+    with Sink(request.param, TIMEOUT_S * SLOWNESS) as loaded:
         yield loaded
 
 

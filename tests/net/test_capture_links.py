@@ -206,7 +206,7 @@ def test_through_loss_repetition_and_disorder_nothing_false_and_nothing_twice_is
     for backend in Backend:
         heard = Counter(ears.heard(backend))
         assert heard - everything == Counter(), "told twice, or never said"
-        # Each segment came at last. Only where all are crumbs a window of reordering may be more than is kept of a flow.
+        # Each segment came at last. Where all are crumbs, a window of reordering may be more than is kept of a flow.
         if not crumbs:
             assert heard == everything
         assert sum(heard.values()) > 0.97 * sum(everything.values())

@@ -124,6 +124,29 @@ def test_of_a_flow_that_never_says_anything_the_bytes_are_searched_and_it_counts
     assert bench.counts("opaque_flows") == (1,)
 
 
+def test_a_connection_that_is_ciphertext_by_the_ports_of_one_that_was_not_is_soon_opaque(bench: Bench) -> None:
+    v1 = Wire(sequence=1000)
+    bench.all([v1.syn(), v1.send(packets.message("verack")), v1.send(packets.message("ping", bytes(8)))])
+    v2 = Wire(sequence=900_000_000)
+    chance = random.Random(5)
+    limit = CONSTANTS["UNPLACED_LIMIT"]
+    found = bench.all([v2.syn(), *(v2.send(chance.randbytes(300)) for _ in range(2 * limit))])
+    assert len(found) <= limit + 1
+    assert bench.counts("opaque_flows") == (1,)
+
+
+def test_a_forged_syn_makes_no_flow_opaque_that_goes_on_to_speak(bench: Bench) -> None:
+    wire = Wire()
+    bench.all([wire.syn(), wire.send(packets.message("verack"))])
+    chance = random.Random(6)
+    for _ in range(5):
+        bench.all([wire.at(chance.getrandbits(32), b"", packets.SYN)])
+        junk = [wire.at(wire.sequence - 9_000, packets.filler(100)) for _ in range(200)]  # repeated, say
+        found = bench.all([*junk, wire.send(packets.message("ping", bytes(8)) + packets.headers())])
+        assert found[-1].payload == packets.headers()
+    assert bench.counts("opaque_flows") == (0,)
+
+
 @pytest.mark.parametrize("at", [1, 2, 7, 8, 9, 1_000, 1_447, 3_000])
 @pytest.mark.parametrize("seen", [4, 23, 24, 60])
 def test_a_message_is_followed_from_wherever_it_starts_in_a_segment(bench: Bench, at: int, seen: int) -> None:

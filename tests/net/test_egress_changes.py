@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import socket
+import struct
 import time
 from typing import TYPE_CHECKING
 
 from pyroute2 import IPRoute  # type: ignore[import-untyped]  # it ships no types
 
-from tests.net.netns import Namespace
-from tests.net.subscribers import SOURCE_PORT, Collector, read, switch_gro, until
+from tests.net.netns import Namespace, Veth, veth_pair
+from tests.net.subscribers import SIOCETHTOOL, SOURCE_PORT, Cable, Collector, read, switch_gro, until
 from tests.net.test_egress import PEOPLE, RECORD, all_join, change, egress, lan, relay, watch
+from xdp import egress_frames
 from xdp.datagrams import packed
 from xdp.egress import Egress
 from xdp.egress_frames import RETRY_NS
-from xdp.fanout_maps import Rank, Sender, Step
+from xdp.fanout_maps import EGRESS, Rank, Sender, Step
 from xdp.fanout_run import FIRST_PAUSE_NS, LAST_PAUSE_NS, SHORT_RUNS, FanoutRun
+from xdp.transmit import Transmitter
 
 if TYPE_CHECKING:
     import pytest
 
-    from tests.net.subscribers import Cable
     from xdp.fanout import Fanout
 
 __all__ = ("egress", "lan", "relay")  # fixtures
@@ -110,6 +115,26 @@ def test_a_relay_that_keeps_stepping_down_waits_longer_each_time_but_not_once_a_
     assert LAST_PAUSE_NS > 8 * FIRST_PAUSE_NS
 
 
+def test_an_interface_that_never_takes_live_frames_keeps_nobody_else_from_them(
+    launch: Namespace, far: Namespace, relay: FanoutRun, egress: Egress, lan: Cable
+) -> None:
+    steps = all_join(egress)
+    other = Cable(*veth_pair(launch, far, ("slow", "slow2"), addresses=("10.63.0.1/24", "10.63.0.2/24")))
+    steps["slow"] = egress.join("slow", packed("10.63.0.2"), 9, Rank.FIRST)
+    watch(egress, steps, lambda: steps["slow"] is Step.AF_XDP)
+    assert egress._run is not None
+    switch_gro(lan.far, on=False)  # a passing trouble, of the other interface
+    for _ in range(SHORT_RUNS):
+        relay.send(RECORD)
+        egress.beat(RECORD, lambda: True)
+    assert (relay.step, egress._run.step) == (Step.AF_XDP, Step.AF_XDP)
+    switch_gro(lan.far, on=True)
+    watch(egress, steps, relay.recover)
+    watch(egress, steps, lambda: egress.counts() == {Step.LIVE_FRAMES: len(PEOPLE), Step.AF_XDP: 1, Step.SENDMMSG: 0})
+    assert relay.send(RECORD).transmitted == egress.beat(RECORD, lambda: True) == len(PEOPLE)
+    launch.delete_link(other.near.name)
+
+
 def test_the_policy_of_routing_is_followed(launch: Namespace, relay: FanoutRun, egress: Egress, lan: Cable) -> None:
     steps = all_join(egress)
     rule = {"dst": "10.62.0.12", "dst_len": 32, "table": 100, "priority": 100}
@@ -122,6 +147,58 @@ def test_the_policy_of_routing_is_followed(launch: Namespace, relay: FanoutRun, 
         with IPRoute(groups=0) as route:
             route.rule("del", **rule)
     watch(egress, steps, lambda: _via(egress, 2) == PEOPLE[2])
+
+
+def test_a_second_rung_that_can_t_grow_goes_on_with_those_it_has(
+    launch: Namespace, lan: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def transmitter(ifindex: int, capacity: int) -> Transmitter:
+        made.append(capacity)
+        if capacity > 4:
+            raise OSError("AF_XDP: UMEM refused: Cannot allocate memory")
+        return Transmitter(ifindex, capacity)
+
+    monkeypatch.setattr(egress_frames, "SMALLEST", 4)
+    monkeypatch.setattr(egress_frames, "Transmitter", transmitter)
+    served = {**dict.fromkeys(Step, 0), Step.AF_XDP: 4, Step.SENDMMSG: len(PEOPLE) - 4}
+    with Egress(None, SOURCE_PORT) as egress:
+        for number, address in enumerate(PEOPLE):
+            egress.join(number, address, 5000 + number, Rank.FIRST)
+        watch(egress, {}, lambda: egress.counts() == served)
+        now_ns = time.monotonic_ns() + 100 * RETRY_NS
+        for _ in range(5):
+            made.clear()
+            now_ns += RETRY_NS
+            egress.tick(now_ns)
+            egress.tick(now_ns + 1)
+            assert egress.counts() == served
+            assert made in ([], [8, 4])  # one try for all, and back
+            assert egress.transmit(RECORD) == 4
+
+
+def test_queues_that_a_link_has_lost_are_noticed(launch: Namespace, far: Namespace, egress: Egress) -> None:
+    pair = Cable(
+        *veth_pair(launch, far, ("wide", "wide2"), addresses=("10.63.0.1/24", "10.63.0.2/24"), queues=2),
+    )
+    switch_gro(pair.far, on=True)
+    assert egress._table is not None
+    directory = egress._table._directory
+    steps: dict[object, Step] = {"x": egress.join("x", packed("10.63.0.2"), 9, Rank.FIRST)}
+    watch(egress, steps, lambda: steps["x"] is Step.LIVE_FRAMES)
+    assert EGRESS.layouts["directory"].unpack(directory.bytes)["narrow"] == 0
+    for end in (pair.far, pair.near):  # that which receives may not have fewer than that which sends
+        set_queues(end, 1)
+    watch(egress, steps, lambda: EGRESS.layouts["directory"].unpack(directory.bytes)["narrow"] == 1)
+    launch.delete_link("wide")
+
+
+def set_queues(end: Veth, count: int) -> None:
+    """ETHTOOL_SCHANNELS (linux/ethtool.h): so many to receive and to send by."""
+    with end.namespace.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        value = ctypes.create_string_buffer(struct.pack("=9I", 0x3D, 0, 0, 0, 0, count, count, 0, 0))
+        fcntl.ioctl(control, SIOCETHTOOL, struct.pack("=16sQ8x", end.name.encode(), ctypes.addressof(value)))
 
 
 def sources(collector: Collector, count: int) -> list[bytes]:

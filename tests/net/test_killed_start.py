@@ -63,9 +63,9 @@ def steps(loaded: Loaded, killed_at: int) -> int:
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as told:
-        taken = told.read()
+        said = told.read()
     os.waitpid(child, 0)
-    return int(taken or 0)
+    return int(said or 0)
 
 
 def names() -> set[str]:

@@ -133,6 +133,28 @@ def test_a_route_to_somewhere_else_is_no_news(pair: tuple[Veth, Veth], hops: Nex
     change("route", "add", dst="198.51.100.0/24", gateway="10.60.0.2")
     select.select([hops], [], [], PATIENCE_S)
     assert hops.poll() == set()
+    change("route", "add", dst="::/0", type="blackhole", family=socket.AF_INET6)  # of the other family, likewise
+    select.select([hops], [], [], PATIENCE_S)
+    assert hops.poll() == set()
+    change("route", "add", dst="0.0.0.0/0", gateway="10.60.0.2")
+    assert hops.poll() == {PEER}
+
+
+def test_an_address_of_ours_that_is_only_confirmed_is_no_news_but_one_that_changes_is(
+    pair: tuple[Veth, Veth], hops: NextHops
+) -> None:
+    """As a router does it with IPv6's, every few minutes or seconds."""
+    found(hops, PEER)
+    ours: dict[str, Any] = {"index": pair[0].index, "address": "10.60.0.1", "prefixlen": 24}
+    change("addr", "replace", **ours, preferred_lft=3_600, valid_lft=7_200)
+    assert PEER in hops.poll()
+    for lifetime_s in (3_601, 3_602):
+        change("addr", "replace", **ours, preferred_lft=lifetime_s, valid_lft=7_200)
+    assert hops.poll() == set()
+    change("addr", "replace", **ours, preferred_lft=0, valid_lft=7_200)  # deprecated: the kernel may prefer another
+    assert PEER in hops.poll()
+    change("addr", "del", **ours)
+    assert PEER in hops.poll()
 
 
 def test_an_interface_that_goes_down_or_away_is_told(pair: tuple[Veth, Veth], hops: NextHops) -> None:

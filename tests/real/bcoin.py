@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.real.node_process import HOST, POLL_INTERVAL_S, NodeError, NodeProcess, free_ports
+from tests.real.node_process import POLL_INTERVAL_S, NodeError, NodeProcess, free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +82,6 @@ class BcoinNode(NodeProcess):
     def __init__(self, name: str = "bcoin", *, on_disk: bool = False) -> None:
         super().__init__(name)
         self.on_disk = on_disk
-        self.host = HOST
         self.p2p_port = 0
         # Two nodes may race for a port: the key tells that the one which answers is ours.
         self._api_key = secrets.token_hex(16)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tests.real.children import QUIET
-from tests.real.product import Product
+from tests.real.product import COMPILED_WITHIN_S, Product
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,12 @@ def captured(folder: Path, interface: str, *nodes: str, **settings: str) -> Iter
     bypass = {"ENABLE_KERNEL_BYPASS": "true", "INTERFACE": interface, **QUIET, **settings}
     with Product(folder, *nodes, tier="enterprise", **bypass) as product:
         product.wait_until_healthy()
-        product.wait_for("turbo-status", lambda answer: answer["kernelBypass"]["active"], "that the bypass is active")
+        product.wait_for(
+            "turbo-status",
+            lambda answer: answer["kernelBypass"]["active"],
+            "that the bypass is active",
+            COMPILED_WITHIN_S,
+        )
         product.wait_for_log("Capture at work")
         yield product
 

@@ -39,6 +39,7 @@ class NodeProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.host = HOST
         self.rpc_port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._cleanup = ExitStack()
@@ -104,7 +105,7 @@ class NodeProcess:
 
     def _post(self, user: str, password: str, method: str, params: tuple[object, ...]) -> tuple[int, bytes]:
         """Status and body of one JSON-RPC call; OSError if the node isn't there, or ended in mid-answer."""
-        connection = http.client.HTTPConnection(HOST, self.rpc_port, timeout=RPC_TIMEOUT_S)
+        connection = http.client.HTTPConnection(self.host, self.rpc_port, timeout=RPC_TIMEOUT_S)
         try:
             credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
             body = json.dumps({"method": method, "params": params, "id": 1})

@@ -40,6 +40,7 @@ Event = dict[str, Any]
 START_TIMEOUT_S = 30.0  # one second here; a loaded two-core machine may take many times that
 STOP_TIMEOUT_S = 20.0
 WAIT_TIMEOUT_S = 30.0
+COMPILED_WITHIN_S = 70.0  # the product gives a compiler of BPF programs up after a minute; it takes 3 s of a free CPU
 POLL_INTERVAL_S = 0.02
 QUIET_S = 2.0  # nothing has been left to say for so long
 MAX_LOG_LINES = 20_000
@@ -210,13 +211,13 @@ class Product:
         """Wait until so many subscribers are counted."""
         self.wait_for("health", lambda answer: sum(answer["subscribers"].values()) == count, f"{count} subscribers")
 
-    def wait_for_log(self, words: str, *, occurrences: int = 1) -> str:
+    def wait_for_log(self, words: str, *, occurrences: int = 1, timeout_s: float = WAIT_TIMEOUT_S) -> str:
         """Wait for a line of the log with these words; returns the last one."""
 
         def found() -> list[str]:
             return [line for line in list(self.log) if words in line]
 
-        self._await(lambda: len(found()) >= occurrences, f"{words!r} in the log", WAIT_TIMEOUT_S)
+        self._await(lambda: len(found()) >= occurrences, f"{words!r} in the log", timeout_s)
         return found()[-1]
 
     def log_tail(self) -> str:

@@ -21,7 +21,7 @@ from tests.net.netns import Namespace, Veth, veth_pair
 from tests.real.bcoin import BcoinNode, missing
 from tests.real.captured import WAYS, wait_until_captured, ways_to
 from tests.real.children import QUIET, alive, all_processes, kill_and_await, logged, until
-from tests.real.product import Product
+from tests.real.product import COMPILED_WITHIN_S, Product
 from tests.real.subscribers import JsonStream
 from xdp import loader
 from xdp.interfaces import interface
@@ -88,7 +88,8 @@ def await_active(product: Product, *names: str) -> Event:
     def as_wanted(answer: Event) -> bool:
         return set(answer["kernelBypass"]["interfaces"]) == set(names)
 
-    said: Event = product.wait_for("turbo-status", as_wanted, f"that {names} are active")["kernelBypass"]
+    what = f"that {names} are active"
+    said: Event = product.wait_for("turbo-status", as_wanted, what, COMPILED_WITHIN_S)["kernelBypass"]
     assert said["active"] == bool(names)
     assert said["mode"] == ("native" if names else None)
     return said
@@ -195,7 +196,7 @@ def test_through_all_that_happens_to_an_interface_the_feed_goes_on_and_the_captu
 
         (mirror,) = mirrors()
         lab.near.delete_link(mirror.name)
-        product.wait_for_log("Capture at work", occurrences=2)
+        product.wait_for_log("Capture at work", occurrences=2, timeout_s=COMPILED_WITHIN_S)
         await_active(product, "alpha")
         mine_until_captured(lab, product, stream)
         sequences = [one["seq"] for one in stream.events]
@@ -211,7 +212,7 @@ def test_whoever_is_killed_nothing_stays_on_either_interface_and_the_next_cleans
         kill_and_await(product, "bypass")
         stream.wait_for_hashes("proven", [lab.mine()])
         product.wait_for_log("Removed what a killed run had left")
-        product.wait_for_log("Capture at work", occurrences=2)
+        product.wait_for_log("Capture at work", occurrences=2, timeout_s=COMPILED_WITHIN_S)
         await_active(product, "alpha", "beta")
         assert leftovers() == []
         assert {entry.name for entry in ours()}.isdisjoint(first)

@@ -19,7 +19,7 @@ from tests.net.netns import Namespace, Veth, veth_pair
 from tests.net.subscribers import switch_gro
 from tests.real.bcoin import BcoinNode, missing
 from tests.real.children import QUIET, kill_and_await
-from tests.real.product import Product
+from tests.real.product import COMPILED_WITHIN_S, Product
 from tests.real.test_udp import Stubborn, UdpStream, assert_whole
 from xdp import loader
 
@@ -76,6 +76,7 @@ class Lab:
             "deliveries",
             lambda answer: (answer["udp"]["rung"], answer["udp"]["by_live_frames"]) == (rung, live),
             f"{live} subscribers by live frames, the best rung being {rung}",
+            COMPILED_WITHIN_S,  # where it is the bypass that was killed
         )
         return answer
 
@@ -101,7 +102,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 def test_subscribers_behind_a_wire_are_served_in_one_call_and_miss_nothing_whatever_happens(lab: Lab) -> None:
     product = lab.product
     product.wait_until_healthy()
-    product.wait_for_log("Fan-out at work")
+    product.wait_for_log("Fan-out at work", timeout_s=COMPILED_WITHIN_S)
     streams = [lab.subscribe() for _ in range(MANY)]
     lab.wait_for_rung("live_frames", MANY)
     mined = lab.mine(3)

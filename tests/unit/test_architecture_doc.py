@@ -41,7 +41,15 @@ def test_nothing_in_the_table_is_gone_or_stands_there_twice() -> None:
 
 
 def test_files_that_the_page_names_are_there() -> None:
-    roots = [ROOT, ROOT / "sprint", ROOT / "xdp", ROOT / "xdp/bpf", ROOT / "tests", ROOT / "tests/net", ROOT / "tests/real"]
+    roots = [
+        ROOT,
+        ROOT / "sprint",
+        ROOT / "xdp",
+        ROOT / "xdp/bpf",
+        ROOT / "tests",
+        ROOT / "tests/net",
+        ROOT / "tests/real",
+    ]
     roots += [ROOT / "sprint" / folder for folder in ("engines", "doctor", "bench")]
     named = set(re.findall(r"`([\w/*]+\.(?:py|c|h|toml))`", PAGE))
     assert {name for name in named if not any(list(root.glob(name)) for root in roots)} == set()

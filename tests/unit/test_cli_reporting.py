@@ -80,16 +80,16 @@ def test_an_error_of_ours_is_not_taken_for_an_output_that_cannot_be_written() ->
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 @pytest.mark.parametrize(
-    "command", ["keys list", "keys list --json", "keys show one", "doctor --quick --json", "--help", "run --help"]
+    "command", ["keys list", "keys list --json", "keys show one", "doctor --quick --json", "--help", "-u keys list"]
 )
 def test_output_that_the_disk_has_no_room_for_is_one_line_and_exit_code_1(command: str, tmp_path: Path) -> None:
     make_keys(tmp_path, "one")
-    for settings in ({}, {"PYTHONUNBUFFERED": "1"}):
-        ended = shell(f"$SPRINT {command} > /dev/full", tmp_path, **settings)
-        assert (ended.returncode, ended.stderr) == (1, "sprint: standard output: No space left on device\n")
+    settings = {"PYTHONUNBUFFERED": "1"} if command.startswith("-u ") else {}  # nothing stays in a buffer then
+    ended = shell(f"$SPRINT {command.removeprefix('-u ')} > /dev/full", tmp_path, **settings)
+    assert (ended.returncode, ended.stderr) == (1, "sprint: standard output: No space left on device\n")
 
 
-@pytest.mark.parametrize("command", ["keys list", "keys list --json", "doctor --quick", "run --help"])
+@pytest.mark.parametrize("command", ["keys list", "keys list --json", "run --help"])
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(command: str, tmp_path: Path) -> None:
     make_keys(tmp_path, "one")
     ended = shell(f"$SPRINT {command} | true; exit ${{PIPESTATUS[0]}}", tmp_path)

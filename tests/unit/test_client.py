@@ -410,11 +410,10 @@ def listening(handle: Callable[[socket.socket], None], times: int = 1) -> Iterat
 
 
 def test_a_server_that_falls_silent_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_protocol, "SILENCE_TIMEOUT_NS", SECOND // 20)
     gone = threading.Event()
 
     def silent(connection: socket.socket) -> None:
-        # Not before: until it has begun to speak, this server may be as slow as the machine.
-        monkeypatch.setattr(client_protocol, "SILENCE_TIMEOUT_NS", SECOND // 20)
         connection.sendall(welcome(1) + frame(record(1)))
         gone.wait(10)
 

@@ -167,6 +167,8 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
     if (w->flags & TCP_SYN) {
         if (f->state != FLOW_V1)
             __builtin_memset(f, 0, sizeof(*f));
+        else
+            f->unplaced = V1_UNPLACED_LIMIT - UNPLACED_LIMIT; /* perhaps it is another connection, which doesn't */
         guess(f, w->sequence);
         forget(c);
     }

@@ -13,16 +13,16 @@
 #define FRAMES_A_BATCH 64 /* the NAPI budget: with more, a veth's ring of 256 overflows now and then */
 #define PAYLOAD_LIMIT 256
 #define LOSSES 64         /* stretches of a run that are noted for being sent again */
-#define RECORD_SIZE 192 /* of most payloads: docs/wire-format.md */
+#define RECORD_SIZE 192   /* of most payloads: docs/wire-format.md */
 
 #define IPV4_HEADERS 42 /* Ethernet, IPv4, UDP */
 #define IPV6_HEADERS 62
 #define ENTRY_HEADERS 48 /* of them, so many stand in the entry, and the rest apart */
 
-/* One frame's destination: a cache line, for what a run takes longest for is to read ten thousand of them. Written by
- * the table's owner alone, and only while no order names it; afterwards nothing but `active`, and `headers[0]` as one
- * store. The table has twice ENTRIES: what headers of IPv6 have beyond ENTRY_HEADERS begins `headers` of the element
- * that stands ENTRIES further on, which is never active. */
+/* One frame's destination: one cache line, for a run reads thousands that have left the nearest caches meanwhile.
+ * Written by the table's owner alone, and only while no order names it; afterwards nothing but `active`, and
+ * `headers[0]` as one store. The table has twice ENTRIES: what headers of IPv6 have beyond ENTRY_HEADERS begins
+ * `headers` of the element that stands ENTRIES further on, which is never active. */
 struct subscriber {
     u32 active;
     u8 size; /* IPV4_HEADERS or IPV6_HEADERS */
@@ -48,7 +48,7 @@ struct directory {
     u64 version;     /* of the current snapshot */
     u64 gap_ps;      /* pacing: least time from frame to frame, picoseconds; 0: as fast as it goes */
     u32 burst;       /* frames without a pause */
-    u32 proofs;      /* counts up when all interfaces have been proven: who has stepped down may try again */
+    u32 proofs;      /* counts up when interfaces have been proven: who has stepped down may try again */
     u32 narrow;      /* 1: an interface has one queue only, where two CPUs would overrun each other */
     u32 changes;     /* counts up when a link has changed: who waits before he tries again need wait no longer */
     u32 zero[8];

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sprint.addresses import Address
 from sprint.deliveries import udp_fanout
-from sprint.deliveries.udp_fanout import LOOK_NS, MISSED, MISSED_NS, RETRY_NS, RelayFanout
+from sprint.deliveries.udp_fanout import LOOK_NS, MISSED, MISSED_NS, RETRY_NS, RelayFanout, WorkerFanout
+from sprint.deliveries.udp_sender import Rung
 from sprint.record import decode
 from sprint.ring import Ring, RingWriter, size_for
 from sprint.status import StatusBlock
@@ -60,7 +62,7 @@ class _Relay:
     """The relay's half, the ring, and the bypass's end of the line."""
 
     def __init__(self) -> None:
-        self.bypass, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.bypass, self.ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.bypass.setblocking(False)
         ring = Ring.create(bytearray(size_for(64)), 64, SESSION)
         self._writer = RingWriter(ring)
@@ -68,7 +70,7 @@ class _Relay:
         deadlines = {tier: PROFILES[tier].write_deadline_ns for tier in Tier}
         self.log = _Log()
         self.publish(3)  # by a predecessor
-        self.fanout = RelayFanout(ring, status.delivery(2, "fanout"), status, self._ours, deadlines, self.log)
+        self.fanout = RelayFanout(ring, status.delivery(2, "fanout"), status, self.ours, deadlines, self.log)
 
     def publish(self, count: int = 1, published_ns: int = NOW) -> None:
         for _ in range(count):
@@ -95,7 +97,7 @@ class _Relay:
     def close(self) -> None:
         self.fanout.close()
         self.bypass.close()
-        self._ours.close()
+        self.ours.close()
 
 
 @pytest.fixture
@@ -134,6 +136,60 @@ def test_of_what_was_missed_only_the_newest_and_nothing_that_is_old_is_sent(rela
     relay.hand_over()
     relay.poll(NOW + 2 * LOOK_NS)
     assert _Run.sent == [7, *range(13, 13 + MISSED)]
+
+
+class _Egress:
+    """In the place of an Egress, which can't be had of a hand-over for now."""
+
+    broken = True
+
+    def __init__(self, handover: object, *_arguments: object) -> None:
+        if handover is not None and _Egress.broken:
+            raise OSError("Cannot allocate memory")
+        self.step = Step.SENDMMSG if handover is None else Step.LIVE_FRAMES
+        self.reason = None
+        self._end, self._other = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def join(self, *_arguments: object) -> Step:
+        return self.step
+
+    def poll(self) -> list[object]:
+        return []
+
+    def tick(self, _now_ns: int) -> list[object]:
+        return []
+
+    def close(self) -> None:
+        self._end.close()
+        self._other.close()
+
+
+def test_a_worker_that_cannot_use_it_asks_again_and_serves_by_its_socket_meanwhile(
+    relay: _Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udp_fanout, "Egress", _Egress)
+    monkeypatch.setattr(_Egress, "broken", True)
+    worker = WorkerFanout(relay.ours, 8436, relay.log)
+    try:
+        assert worker.join(b"one", Address("192.0.2.1", 9), Tier.TURBO) is Rung.SENDMMSG
+        relay.asked()
+        relay.hand_over()
+        assert worker.look(NOW) == [(b"one", Rung.SENDMMSG)]
+        worker.look(NOW + RETRY_NS - 1)
+        assert relay.asked() == []
+        worker.look(NOW + RETRY_NS)
+        assert relay.asked() == [b"egress?"]
+        monkeypatch.setattr(_Egress, "broken", False)
+        relay.hand_over()
+        assert worker.look(NOW + RETRY_NS + 1) == [(b"one", Rung.LIVE_FRAMES)]
+    finally:
+        worker.close()
 
 
 def test_one_that_cannot_be_used_is_asked_for_again(relay: _Relay) -> None:

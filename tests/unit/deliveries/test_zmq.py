@@ -136,12 +136,12 @@ class Stage:
                 while read[-1][:2] != (topic, f"probe {asked}".encode()):
                     read = each.read(1)
 
-    def tell(self, event: Event, block: MinedBlock, state: State = State.BEST) -> None:
+    def tell(self, event: Event, block: MinedBlock, state: State = State.BEST, source: Source = Source.P2P) -> None:
         header = block.header.encode()
         now_ns = time.monotonic_ns()
         self.writer.write(
             Block(
-                event, State.PROVEN | state, Source.P2P, "peer", block.hash, header, HEIGHTS[block.hash], 0, 0, 0, 0, 0,
+                event, State.PROVEN | state, source, "peer", block.hash, header, HEIGHTS[block.hash], 0, 0, 0, 0, 0,
                 time.time_ns(), now_ns,
             )
         )  # fmt: skip

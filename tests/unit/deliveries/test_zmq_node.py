@@ -9,7 +9,7 @@ import pytest
 from sprint.blocks import WholeBlock
 from sprint.deliveries import zmq_word
 from sprint.deliveries.zmq_word import PATIENCE_NS
-from sprint.events import Event, State
+from sprint.events import Event, Source, State
 from tests.unit.deliveries.test_zmq import A1, A2, B1, B2, B3, Stage, display, staged
 
 if TYPE_CHECKING:
@@ -87,6 +87,14 @@ def test_a_block_found_in_a_catch_up_waits_for_nobody(stage: Stage) -> None:
     reader = stage.reader("hashblock")
     for event in (Event.PROVEN, Event.VALIDATED):
         stage.tell(event, A1, State.BEST | State.CATCHUP)
+    assert reader.read(1) == [("hashblock", display(A1), 0)]
+
+
+def test_a_block_that_a_publisher_was_the_first_to_tell_of_has_its_word(stage: Stage) -> None:
+    stage.heard = True
+    reader = stage.reader("hashblock")
+    for event in (Event.PROVEN, Event.VALIDATED):
+        stage.tell(event, A1, source=Source.ZMQ)
     assert reader.read(1) == [("hashblock", display(A1), 0)]
 
 
