@@ -70,6 +70,8 @@ UNITS = 8
 """After which they come again."""
 MSG_TX, MSG_BLOCK = 1, 2
 PATIENCE_S = 30.0
+REMAINS_NS = 50_000_000
+"""For what the reader has left for later when the load ends: mirrored copies wait for half of that."""
 WARM_UP_BYTES = 10_000_000
 """Of each turn, if it has more than twice as many, not counted: TCP has to find its window again."""
 RECEIVE_BYTES = 1 << 20
@@ -254,6 +256,9 @@ def _read(control: Pipe, handover: Handover) -> None:
             heard += len(source.poll(time.monotonic_ns()))
             if any(key.fileobj == control.fileno() for key, _ in ready):
                 control.recv()
+                give_up_ns = time.monotonic_ns() + REMAINS_NS
+                while time.monotonic_ns() < give_up_ns:
+                    heard += len(source.poll(time.monotonic_ns()))
                 names = ("packets", "announcements", "captured", "surplus", "mirrored", "mirrorLost", "express")
                 counted = source.counters()
                 control.send(({name: counted[name] for name in (*names, "dropped", "socketDropped")}, heard))

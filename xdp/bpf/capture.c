@@ -65,12 +65,6 @@ static __always_inline struct place *place_of(struct flow_key *key)
     return places.lookup(&at);
 }
 
-/* Something has become of a flow that other CPUs don't know of which remember it. */
-static __always_inline void forget(struct config *c)
-{
-    __sync_fetch_and_add(&c->epoch, 1);
-}
-
 /* Whether this CPU remembers that the segment is of no interest: most of a download are such, and looking up the flow
  * is most of what they would cost. */
 static __always_inline int is_known(struct work *w, struct config *c)
@@ -108,46 +102,6 @@ static __always_inline void remember(struct work *w, struct flow *f)
     place->from = sequence;
     place->size = size;
     place->epoch = w->epoch;
-}
-
-/* Looks for the magic in a segment that no guess can place, as after a loss amid messages that are sent without a pause:
- * else only a segment that begins with it would tell where the next one starts. Whether it was found; then at
- * w->offset. */
-static __always_inline int search(struct view *v, struct work *w, struct config *c)
-{
-    u32 zero = 0, magic = c->magic, from = 0;
-    u64 size = UNKNOWN(w->length);
-    struct express_room *room = rooms.lookup(&zero);
-    if (!room)
-        return 0;
-    if (size > SEARCHED_BYTES)
-        size = SEARCHED_BYTES;
-    FORGET(size);
-    if (size < ONE || size > SEARCHED_BYTES || load(v, w->start, room->payload, size))
-        return 0;
-    w->offset = 0;
-    /* Eight places at a time, without a branch for each: what the verifier adds up are branches. */
-    for (u32 at = 0; at < SEARCHED_BYTES; at += 8) {
-        u64 hits = 0;
-        for (int i = 0; i < 8; i++)
-            hits |= (u64)(*(u32 *)(room->payload + at + i) ^ magic) - 1;
-        if (hits >> 63) {
-            w->offset = at;
-            break;
-        }
-        if (at >= UNKNOWN(w->length))
-            break;
-    }
-    from = UNKNOWN(w->offset);
-    if (from > SEARCHED_BYTES)
-        return 0;
-    for (int i = 0; i < 8; i++) {
-        if (*(u32 *)(room->payload + from + i) == magic) {
-            w->offset = from + i;
-            return from + i + 4 <= w->length;
-        }
-    }
-    return 0;
 }
 
 /* Decides which bytes of a segment are captured, w->from to w->to, and brings the flow up to date. */
@@ -199,7 +153,9 @@ static __always_inline int choose(struct view *v, struct work *w, struct config 
     } else {
         w->searched = f->state != FLOW_OPAQUE && !places_it(first, w) && !places_it(second, w);
         if (UNKNOWN(w->searched)) {
-            w->searched = search(v, w, c);
+            u32 zero = 0;
+            struct express_room *room = rooms.lookup(&zero);
+            w->searched = room && search(v, w, c, room->payload);
             if (UNKNOWN(w->searched))
                 w->fresh = guess(f, sequence + UNKNOWN(w->offset));
         }

@@ -213,6 +213,49 @@ static __always_inline void try_track(struct view *v, struct work *w, struct flo
     }
 }
 
+/* Looks for the magic in a segment that no guess can place, as after a loss amid messages that are sent without a pause:
+ * else only a segment that begins with it would tell where the next one starts. Whether it was found; then at
+ * w->offset. `copy` has room for EXPRESS_PAYLOAD bytes. */
+static __always_inline int search(struct view *v, struct work *w, struct config *c, u8 *copy)
+{
+    u32 magic = c->magic, from = 0;
+    u64 size = UNKNOWN(w->length);
+    if (size > SEARCHED_BYTES)
+        size = SEARCHED_BYTES;
+    FORGET(size);
+    if (size < ONE || size > SEARCHED_BYTES || load(v, w->start, copy, size))
+        return 0;
+    w->offset = 0;
+    /* Eight places at a time, without a branch for each: what the verifier adds up are branches. */
+    for (u32 at = 0; at < SEARCHED_BYTES; at += 8) {
+        u64 hits = 0;
+        for (int i = 0; i < 8; i++)
+            hits |= (u64)(*(u32 *)(copy + at + i) ^ magic) - 1;
+        if (hits >> 63) {
+            w->offset = at;
+            break;
+        }
+        if (at >= UNKNOWN(w->length))
+            break;
+    }
+    from = UNKNOWN(w->offset);
+    if (from > SEARCHED_BYTES)
+        return 0;
+    for (int i = 0; i < 8; i++) {
+        if (*(u32 *)(copy + from + i) == magic) {
+            w->offset = from + i;
+            return from + i + 4 <= w->length;
+        }
+    }
+    return 0;
+}
+
+/* Something has become of a flow that other CPUs don't know of which remember it. */
+static __always_inline void forget(struct config *c)
+{
+    __sync_fetch_and_add(&c->epoch, 1);
+}
+
 /* Guesses that a message starts here; returns the index of the guess, made in place of the less likely one. */
 static __always_inline u32 guess(struct flow *f, u32 sequence)
 {

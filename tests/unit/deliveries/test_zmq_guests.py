@@ -50,10 +50,6 @@ class Flood:
         self._chunk = said * (1 << 16)
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
         self._socket.sendall(GREETING + READY)
-        with self._socket.makefile("rb") as answers:  # whoever speaks before the publisher is ready is turned away
-            answers.read(len(GREETING))
-            _flags, size = answers.read(2)
-            answers.read(size)
         with self._socket.makefile("rb") as theirs:  # libzmq itself ends what says more before its own READY
             theirs.read(theirs.read(len(GREETING) + 2)[-1])
         self._thread = threading.Thread(target=self._run, daemon=True)
