@@ -10,7 +10,8 @@ import select
 import socket
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from sprint.addresses import Address
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FIRST, SECOND_BLOCK, THIRD = blocks(3)
+_PORTS = count(20_000)
 
 
 class ScriptedPeer:
@@ -158,10 +160,11 @@ class Listener:
 
 
 def closed_port() -> int:
-    """A port of the loopback on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
+    """Another port on which nobody listens, below those that the kernel gives to whoever asks for any."""
+    while True:
+        port = next(_PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def junk(size: int, command: str = "junk") -> bytes:
