@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sprint.regtest import MinedBlock
 
-PAUSE_S = (0.006, 0.014)
+PAUSE_S = (0.014, 0.026)
 """Between two announcements, at random, so that no rhythm of the reader fits them. On main minutes pass, and the longer
 a reader sleeps, the longer it takes to wake up: this is as near to that as the benchmark's time allows."""
 LOSSY_PAUSE_S = 3 * ROUND_TRIP_NS / NS_PER_S
