@@ -85,6 +85,7 @@ def test_a_relay_that_keeps_stepping_down_waits_longer_each_time_but_not_once_a_
     all_join(egress)
     clock = [time.monotonic_ns()]
     monkeypatch.setattr("xdp.fanout_run.time.monotonic_ns", lambda: clock[0])
+    monkeypatch.setattr("xdp.fanout_run.AGAIN_NS", 0)  # it would be over never, by that clock
 
     def is_back() -> bool:
         egress.poll()
