@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
 import pytest
-from scapy.layers.inet import IP, TCP
-from scapy.layers.l2 import Ether
 
-from tests.net import packets
-from tests.net.conftest import REGTEST_PORT
 from tests.net.netns import Namespace, Veth, veth_pair
 from tests.net.overhearing import as_the_product_has_it
+from tests.net.raw_peer import Peer
 from xdp.attachment import attach
 from xdp.capture import Capture
 from xdp.segments import Backend
@@ -35,26 +32,6 @@ def ends(loaded: Loaded) -> Iterator[tuple[Veth, Veth]]:
         yield veth_pair(near, far, ("nic", "wire"), addresses=(f"{OURS}/24", f"{THEIRS}/24"))
 
 
-@final
-class Peer:
-    """Sends announcements, each a packet of its own, to nobody: only the capture takes them."""
-
-    def __init__(self, nic: Veth, wire: Veth) -> None:
-        headers = Ether(src=wire.mac, dst=nic.mac) / IP(src=THEIRS, dst=OURS) / TCP(sport=REGTEST_PORT, dport=40000)
-        self._raw = wire.namespace.raw_socket("wire")
-        self._wire = packets.Wire(headers)
-
-    def announce(self, count: int) -> None:
-        for _ in range(count):
-            self._raw.send(self._wire.send(packets.headers()))
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._raw.close()
-
-
 def read(capture: Capture) -> int:
     """How many segments are there."""
     count = 0
@@ -66,7 +43,7 @@ def read(capture: Capture) -> int:
 def test_what_the_socket_has_no_room_for_is_not_counted_as_mirrored(loaded: Loaded, ends: tuple[Veth, Veth]) -> None:
     room = Geometry().chunks
     with (
-        Peer(*ends) as peer,
+        Peer(*ends, (OURS, THEIRS)) as peer,
         attach(loaded, "nic", backends={Backend.AF_XDP}) as attachment,
         Capture(attachment.handover()) as capture,
     ):
@@ -83,7 +60,7 @@ def test_what_the_socket_has_no_room_for_is_not_counted_as_mirrored(loaded: Load
 
 
 def test_what_finds_no_socket_is_lost_and_not_mirrored(loaded: Loaded, ends: tuple[Veth, Veth]) -> None:
-    with Peer(*ends) as peer, attach(loaded, "nic", backends={Backend.AF_XDP}) as attachment:
+    with Peer(*ends, (OURS, THEIRS)) as peer, attach(loaded, "nic", backends={Backend.AF_XDP}) as attachment:
         peer.announce(AT_ONCE)
         with Capture(attachment.handover()) as capture:
             peer.announce(AT_ONCE)

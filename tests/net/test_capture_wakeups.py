@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import select
 import time
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
 import pytest
-from scapy.layers.inet import IP, TCP
-from scapy.layers.l2 import Ether
 
-from tests.net import packets
 from tests.net.conftest import REGTEST_MAGIC, REGTEST_PORT
 from tests.net.netns import Namespace, Veth, veth_pair
 from tests.net.overhearing import as_the_product_has_it
+from tests.net.raw_peer import Peer
 from tests.net.slowness import SLOWNESS
 from xdp.attachment import attach
 from xdp.capture import COPY_DUE_NS, Capture
@@ -38,26 +36,6 @@ def ends() -> Iterator[tuple[Veth, Veth]]:
         yield veth_pair(near, far, ("nic", "wire"), addresses=(f"{OURS}/24", f"{THEIRS}/24"))
 
 
-@final
-class Peer:
-    """Sends announcements, each a packet of its own, to nobody: only the capture takes them."""
-
-    def __init__(self, nic: Veth, wire: Veth) -> None:
-        headers = Ether(src=wire.mac, dst=nic.mac) / IP(src=THEIRS, dst=OURS) / TCP(sport=REGTEST_PORT, dport=40000)
-        self._raw = wire.namespace.raw_socket("wire")
-        self._wire = packets.Wire(headers)
-
-    def announce(self, count: int = 1) -> None:
-        for _ in range(count):
-            self._raw.send(self._wire.send(packets.headers()))
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._raw.close()
-
-
 def is_readable(capture: Capture, wait_s: float = 0.0) -> bool:
     return bool(select.select([capture], [], [], wait_s)[0])
 
@@ -80,7 +58,11 @@ def test_a_sleeper_is_woken_by_the_ring_buffer_and_reads_the_mirrored_copy_in_it
     loaded: Loaded, ends: tuple[Veth, Veth]
 ) -> None:
     as_the_product_has_it(loaded)
-    with Peer(*ends) as peer, attach(loaded, "nic") as attachment, Capture(attachment.handover()) as capture:
+    with (
+        Peer(*ends, (OURS, THEIRS)) as peer,
+        attach(loaded, "nic") as attachment,
+        Capture(attachment.handover()) as capture,
+    ):
         assert capture.deadline() is None
         peer.announce()
         assert sleep(capture)
@@ -101,7 +83,7 @@ def test_a_sleeper_is_woken_by_the_ring_buffer_and_reads_the_mirrored_copy_in_it
 def test_the_mirror_wakes_a_sleeper_where_it_is_the_only_way(loaded: Loaded, ends: tuple[Veth, Veth]) -> None:
     as_the_product_has_it(loaded)
     with (
-        Peer(*ends) as peer,
+        Peer(*ends, (OURS, THEIRS)) as peer,
         attach(loaded, "nic", backends={Backend.AF_XDP}) as attachment,
         Capture(attachment.handover()) as capture,
     ):
@@ -120,7 +102,11 @@ def test_the_mirror_wakes_a_sleeper_once_the_ring_buffer_was_given_up(
         raise RingCorruptError("as if somebody else wrote it")
 
     as_the_product_has_it(loaded)
-    with Peer(*ends) as peer, attach(loaded, "nic") as attachment, Capture(attachment.handover()) as capture:
+    with (
+        Peer(*ends, (OURS, THEIRS)) as peer,
+        attach(loaded, "nic") as attachment,
+        Capture(attachment.handover()) as capture,
+    ):
         peer.announce()
         assert sleep(capture)
         with monkeypatch.context() as patch:
@@ -145,7 +131,7 @@ def test_what_the_ring_buffer_had_no_room_for_a_sleeper_has_from_the_mirror(
     timeout_s = TIMEOUT_S * SLOWNESS
     with (
         load(REGTEST_MAGIC, [REGTEST_PORT], every_magic=False, ring_pages=1, timeout_s=timeout_s) as small,
-        Peer(*ends) as peer,
+        Peer(*ends, (OURS, THEIRS)) as peer,
         attach(small, "nic") as attachment,
         Capture(attachment.handover()) as capture,
     ):

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.real.bcoin import BcoinNode, missing
+from tests.real import bcoin as bcoin_harness
+from tests.real import bitcoind as bitcoind_harness
+from tests.real.bcoin import BcoinNode
+from tests.real.bitcoind import Bitcoind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def bcoin_installed() -> None:
     """Skips what asks for it when no bcoin can be started here."""
-    reason = missing()
+    reason = bcoin_harness.missing()
     if reason is not None:
         pytest.skip(reason)
 
@@ -32,3 +35,13 @@ def bcoin_pair(bcoin_installed: None) -> Iterator[tuple[BcoinNode, BcoinNode]]:
     """Two regtest nodes at genesis, chains in memory, not connected to each other."""
     with BcoinNode("alice") as alice, BcoinNode("bob") as bob:
         yield alice, bob
+
+
+@pytest.fixture
+def bitcoind() -> Iterator[Bitcoind]:
+    """A node in C++ at genesis that publishes by ZMQ."""
+    reason = bitcoind_harness.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with Bitcoind() as node:
+        yield node

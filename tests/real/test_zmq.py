@@ -16,7 +16,6 @@ from sprint.events import MessagesMissed, Source
 from sprint.regtest import RegtestChain
 from sprint.sources.zmq import ZmqSource
 from sprint.status import StatusBlock
-from tests.real.bitcoind import Bitcoind, missing
 from tests.real.children import QUIET, kill_and_await
 from tests.real.product import Product, run_sprint
 from tests.real.scripted_peer import ScriptedPeer
@@ -28,19 +27,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.real.bcoin import BcoinNode
+    from tests.real.bitcoind import Bitcoind
     from tests.real.product import Event
 
 CORE_TOPICS = (*BLOCK_TOPICS, "hashtx", "rawtx")
-
-
-@pytest.fixture
-def bitcoind() -> Iterator[Bitcoind]:
-    """A node at genesis that publishes."""
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
-    with Bitcoind() as node:
-        yield node
 
 
 @pytest.fixture

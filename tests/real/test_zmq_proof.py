@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sprint.regtest import RegtestChain
-from tests.real.bitcoind import Bitcoind, missing
 from tests.real.children import QUIET
 from tests.real.product import Product
 from tests.real.scripted_peer import ScriptedPeer
@@ -21,15 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture
-def bitcoind() -> Iterator[Bitcoind]:
-    """The operator's node, at genesis; it publishes."""
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
-    with Bitcoind() as node:
-        yield node
+    from tests.real.bitcoind import Bitcoind
 
 
 @pytest.fixture
