@@ -31,12 +31,15 @@ from tests.real.product import Product
 from tests.real.subscribers import JsonStream
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.real.bcoin import BcoinNode
 
 NOBODY = "127.0.0.1:9"
 """An upstream that is never there: the discard port."""
 CHANNELS = 4
 """The stream worker's, and those of udp, shm and zmq."""
+SHARED = Path("/dev/shm")
 START_LINE = "⚡ Starting memory-optimized sprint with tight deadlines"
 
 
@@ -245,6 +248,16 @@ def test_without_it_nothing_spins_and_nothing_is_pinned(bcoin: BcoinNode, tmp_pa
 # The wall clock
 
 
+@pytest.fixture
+def _faketime_leaves_nothing() -> Iterator[None]:
+    """libfaketime leaves a segment and a semaphore of each program behind that it has faked the time for."""
+    before = set(SHARED.glob("*faketime*"))
+    yield
+    for left in set(SHARED.glob("*faketime*")) - before:
+        left.unlink()
+
+
+@pytest.mark.usefixtures("_faketime_leaves_nothing")
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed: apt-get install faketime")
 def test_an_hours_jump_of_the_wall_clock_in_either_direction_changes_nothing(
     bcoin: BcoinNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
